@@ -48,7 +48,7 @@ def simulate_scores(
                     rows.append(row | {"metric": "accuracy_centred", "value": float(np.clip(value + 15, 0, 100))})
     return pd.DataFrame(rows)
 
-# %% ../nbs/11_analysis.ipynb #d6f2137b
+# %% ../nbs/11_analysis.ipynb #27bbe749
 CELL = ("arm", "target", "seed", "language")
 
 def _headline_keys(targets: Iterable[str], keys: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
@@ -62,14 +62,16 @@ def _headline_keys(targets: Iterable[str], keys: Mapping[str, Sequence[str]] | N
 def headline(
     scores: pd.DataFrame,  # the table of `load_records`
     keys: Mapping[str, Sequence[str]] | None = None,  # target -> result keys to average; a target not named uses its task's headline
-    split: str = "test",
+    split: str | None = "test",  # None: test, or dev for a target that has no test scores
     selection: Literal["best", "last"] = "best",  # checkpoint on English dev
-) -> pd.DataFrame:  # one row per CELL: value, n, capped, retrieval, run
+) -> pd.DataFrame:  # one row per CELL: value, n, capped, retrieval, run, split
     """One value per arm, target, seed and language.
 
     Raises: XtransferError for no rows, a missing result key, a value that is not finite, or two values for one cell.
     """
-    rows = scores[(scores["split"] == split) & scores["selection"].isin([selection, "none"])]
+    tested = set(scores.loc[scores["split"] == "test", "target"])
+    wanted = [split or ("test" if target in tested else "dev") for target in scores["target"]]
+    rows = scores[(scores["split"] == wanted) & scores["selection"].isin([selection, "none"])]
     if rows.empty:
         raise XtransferError(f"no scores with split {split!r} and selection {selection!r}; the table has splits {sorted(set(scores['split']))} and selections {sorted(set(scores['selection']))}.")
     chosen = _headline_keys(sorted(set(rows["target"])), keys)
@@ -79,7 +81,7 @@ def headline(
     for problem, what in ((broken, "a value that is not a number"), (doubled, "more than one value")):
         if len(problem):
             raise XtransferError(f"{what} for {dict(problem.iloc[0][[*CELL, 'metric']])}.")
-    table = rows.groupby(list(CELL), as_index=False).agg(value=("value", "mean"), found=("metric", "nunique"), n=("n", "min"), capped=("capped", "any"), retrieval=("selection", lambda s: bool((s == "none").all())), run=("run", "first"))
+    table = rows.groupby(list(CELL), as_index=False).agg(value=("value", "mean"), found=("metric", "nunique"), n=("n", "min"), capped=("capped", "any"), retrieval=("selection", lambda s: bool((s == "none").all())), run=("run", "first"), split=("split", "first"))
     lacking = table[table["found"] < table["target"].map(lambda target: len(chosen[target]))]
     unscored = set(chosen) - set(table["target"])
     if len(lacking) or unscored:

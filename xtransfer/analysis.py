@@ -20,7 +20,7 @@ from .languages import LANGUAGES, distance_to_english
 from .studies import Contrast
 from .tasks import TASKS
 
-# %% ../nbs/11_analysis.ipynb #900f0f98
+# %% ../nbs/11_analysis.ipynb #e9218ac3
 def simulate_scores(
     gains: Mapping[str, Mapping[str, float]],  # arm -> target -> true mean gain over arm "none", points
     languages: Sequence[str] = ("en", "de", "es", "ru", "ar", "sw", "ja"),
@@ -38,9 +38,9 @@ def simulate_scores(
         for target in targets:
             gain, seed_effect, language_effect = gains.get(arm, {}).get(target, 0.0), random.normal(0, seed_sd, len(seeds)), random.normal(0, language_sd, len(languages))
             for (i, seed), (j, language) in ((s, l) for s in enumerate(seeds) for l in enumerate(languages)):
-                distance = distance_to_english(language) if language in LANGUAGES else 0.5
+                distance = 0.0 if language == "en" else next((d for d in LANGUAGES[language].distances.values() if d is not None), 0.5)
                 moved = 0.0 if arm == "none" else gain + seed_effect[i] + language_effect[j]
-                value = 75 - 60 * (distance or 0) + moved + random.normal(0, noise_sd)
+                value = 75 - 40 * distance + moved + random.normal(0, noise_sd)
                 row = {"study": "simulated", "profile": "mini", "backbone": "toy", "arm": arm, "target": target, "seed": seed, "run": f"toy/{arm}.{target}.s{seed}", "task": target, "language": language,
                        "split": "test", "selection": "none" if target in retrieval else "best", "metric": "accuracy", "value": float(np.clip(value, 0, 100)), "n": 500, "capped": False}
                 rows.append(row)
@@ -316,7 +316,16 @@ def by_language(
                      "treatment_value": there["treatment_value"].mean(), "baseline_value": there["baseline_value"].mean(), "n_seeds": len(there), "n_missing": len(group) - len(there), "capped": bool(group["capped"].any())})
     return pd.DataFrame(rows).astype({"distance": float})
 
-# %% ../nbs/11_analysis.ipynb #bec0f937
+# %% ../nbs/11_analysis.ipynb #158aa019
+def _rank_correlations(
+    x: np.ndarray,  # (samples, languages)
+    y: np.ndarray,
+) -> np.ndarray:  # (samples,); NaN where one side is constant
+    """Spearman's rho of every row."""
+    x, y = (ranks - ranks.mean(1, keepdims=True) for ranks in (stats.rankdata(side, axis=1) for side in (x, y)))
+    size = np.sqrt((x**2).sum(1) * (y**2).sum(1))
+    return np.divide((x * y).sum(1), size, out=np.full(len(x), np.nan), where=size > 0)
+
 def correlation_with_distance(
     languages: pd.DataFrame,  # of `by_language`
     column: Literal["gain", "treatment_value", "baseline_value"] = "gain",
@@ -334,10 +343,9 @@ def correlation_with_distance(
         row = dict(zip(CONTRAST, keys_)) | {"rho": float("nan"), "low": float("nan"), "high": float("nan"), "n_languages": len(usable), "n_without_distance": len(zero_shot) - len(usable), "capped": bool(group["capped"].any())}
         if len(usable) >= 4 and np.ptp(x) > 0 and np.ptp(y) > 0:
             random = np.random.default_rng(derive_seed("correlation", seed, *keys_))
-            drawn = (random.integers(0, len(x), len(x)) for _ in range(resamples))
-            rhos = [stats.spearmanr(x[rows_], y[rows_]).statistic for rows_ in drawn if np.ptp(x[rows_]) > 0 and np.ptp(y[rows_]) > 0]
-            low, high = np.percentile(rhos, [50 * (1 - confidence), 50 * (1 + confidence)])
-            row |= {"rho": float(stats.spearmanr(x, y).statistic), "low": float(low), "high": float(high)}
+            drawn = random.integers(0, len(x), (resamples, len(x)))
+            low, high = np.nanpercentile(_rank_correlations(x[drawn], y[drawn]), [50 * (1 - confidence), 50 * (1 + confidence)])
+            row |= {"rho": float(_rank_correlations(x[None], y[None])[0]), "low": float(low), "high": float(high)}
         rows.append(row)
     return pd.DataFrame(rows)
 

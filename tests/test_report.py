@@ -1,0 +1,236 @@
+"""Reports from records on disk: words agree with numbers, nothing leaves the page, nothing escapes into markup."""
+import html
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from xtransfer.analysis import simulate_scores
+from xtransfer.backbones import BACKBONES
+from xtransfer.core import XtransferError, write_json
+from xtransfer.languages import LANGUAGES, Language
+from xtransfer.plots import signed
+from xtransfer.records import NOTEBOOK_NAME, RECORD_NAME, Record, Score, load_records
+from xtransfer.report import answer, arm_tasks, find, interval_words, primary_average, study_report
+from xtransfer.studies import Contrast, Recipe, Stage, Study, intermediate_cells
+from xtransfer.tasks import TASKS, Source, Task, text_pair
+
+SCRIPT = "<script>alert(1)</script>"
+RECIPE = Recipe(name="toy", learning_rate=1e-3, batch_size=8)
+CODES = ("en", "qta", "qtb", "qtc", "qtd", "qte")
+
+
+def add_task(name, kind="nli", format="sequence_classification", trains_on=True, headline=("accuracy",), **more):
+    return TASKS.register(Task(name=name, format=format, kind=kind, source=Source(repo="generated"), languages=CODES, load=lambda language, split: [], read=text_pair("text"), metrics=("accuracy",), headline=headline,
+                               labels=("no", "yes") if format == "sequence_classification" else (), trains_on=name if trains_on else None, **more))
+
+
+@pytest.fixture(scope="module")
+def toys():
+    """Tasks and languages that exist during these tests."""
+    monkeypatch = pytest.MonkeyPatch()
+    for registry in (TASKS, LANGUAGES):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    for i, code in enumerate(CODES[1:]):
+        LANGUAGES.register(Language(code=code, name=f"Toy {SCRIPT if i == 0 else i}", iso3=code, family="toy", script="Zsye", distances={"typological": (i + 1) / 10}))
+    for name, kind in (("toy_nli", "nli"), ("toy_qa", "qa"), ("toy_text", "text"), (f"toy_{SCRIPT}", "ner"), ("toy_target", "qa")):
+        add_task(name, kind)
+    add_task("toy_retrieval", "retrieval", "retrieval", trains_on=False)
+    yield
+    monkeypatch.undo()
+
+
+def build_study(seeds=(0, 1, 2), targets=("toy_target", f"toy_{SCRIPT}"), untrained=("toy_retrieval",)):
+    stage = {arm: Stage(train=tasks, recipe=RECIPE, seed=0) for arm, tasks in {"nli": ("toy_nli",), "qa": ("toy_qa",), "mlm": ("toy_text",), "all+mlm": ("toy_nli", "toy_qa", "toy_text")}.items()}
+    arms = {"none": ()} | {arm: (one,) for arm, one in stage.items()}
+    cells = intermediate_cells(next(iter(BACKBONES)), arms, {target: RECIPE for target in targets}, untrained, seeds, Stage(train=("toy_text",), recipe=RECIPE, seed=0), RECIPE)
+    contrasts = tuple(Contrast(treatment=arm, baseline="none") for arm in stage) + (Contrast(treatment="all+mlm", baseline="mlm"),)
+    return Study(name="toy", profile="smoke", question=f"Does {SCRIPT} help?", cells=cells, contrasts=contrasts, distance="typological", note=f"A toy with {SCRIPT}.")
+
+
+def write_records(study, outputs, truth, skip=(), capped=(), notes=""):
+    """Records and notebooks of a study's plan with simulated scores."""
+    seeds, targets = sorted({cell.seed for cell in study.cells}), {cell.target for cell in study.cells}
+    gains = {arm: {target: truth.get((arm, target), 0.0) for target in targets} for arm in {cell.arm for cell in study.cells}}
+    retrieval = [target for target in targets if TASKS[target].trains_on is None]
+    table = simulate_scores(gains, languages=CODES, seeds=seeds, retrieval=retrieval, seed_sd=0.3, language_sd=0.3, noise_sd=0.2)
+    places = {}
+    for cell in study.cells:
+        places.setdefault(cell.run.id, []).append(cell)
+    for run in study.plan():
+        if run.id in skip:
+            continue
+        scores = [Score(task=row["task"], language=row["language"], split="test", metric=row["metric"], value=row["value"], n=row["n"], selection=row["selection"]) for cell in places.get(run.id, [])
+                  for row in table[(table["arm"] == cell.arm) & (table["target"] == cell.target) & (table["seed"] == cell.seed)].to_dict("records")]
+        data = [{"task": task, "language": "en", "split": "train", "rows": 100, "available": 900, "expected": None, "capped": task in capped, "repaired": 0, "dropped": 0, "note": notes, "fingerprint": "f"} for task in run.stage.train]
+        record = Record(run=run.id, digest=run.digest, parent=run.parent.id if run.parent else None, template=run.template, backbone={"name": run.backbone}, stages=[], parameters={}, data=data,
+                        environment={"python": "3.11", "packages": {"torch": "2.13.0"}, "cpus": 2}, training={}, seconds={"total": 2.0}, tokens_per_second=None, peak_memory_mb=1.0, scores=scores,
+                        started="2026-01-01T00:00:00+00:00", ended="2026-01-01T00:01:00+00:00")
+        write_json(Path(outputs) / run.id / RECORD_NAME, record)
+        (Path(outputs) / run.id / NOTEBOOK_NAME).write_text("{}")
+
+
+class Page(HTMLParser):
+    """Tags, links and text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.references, self.ids, self.words = [], [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("href", "src", "srcset", "action", "data", "poster"):
+                self.references.append(value)
+            if name == "id":
+                self.ids.add(value)
+            assert not name.startswith("on"), f"an event handler: {name}"
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+TRUTH = {("qa", "toy_target"): 6.0, ("nli", "toy_target"): -5.0, ("nli", f"toy_{SCRIPT}"): -5.0, ("nli", "toy_retrieval"): 10.0, ("all+mlm", "toy_target"): 3.0, ("all+mlm", f"toy_{SCRIPT}"): 3.0}
+
+
+@pytest.fixture(scope="module")
+def written(toys, tmp_path_factory):
+    study, outputs = build_study(), tmp_path_factory.mktemp("outputs")
+    write_records(study, outputs, TRUTH)
+    path, table = study_report(study, outputs)
+    return study, path, table, outputs
+
+
+def test_page_is_self_contained_and_names_do_not_become_markup(written):
+    study, path, _, _ = written
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
+    assert html.escape(SCRIPT) in text and SCRIPT not in text
+    assert "".join(page.words).count(SCRIPT) >= 4  # question, note, task and language are shown as they are
+    assert all(reference.startswith(("data:image/png;base64,", "#", "../")) for reference in page.references)
+    assert not re.search(r"@import|url\(", text) and "https://" not in text and "http://" not in text
+    assert sum(reference.startswith("data:image/png") for reference in page.references) == 3
+
+
+def test_links_are_relative_and_exist(written):
+    study, path, _, _ = written
+    page = Page(path.read_text(encoding="utf-8"))
+    links = [reference for reference in page.references if reference.startswith("../")]
+    assert len(links) == len(study.plan()) and all((path.parent / unquote(link)).is_file() for link in links)
+    assert all(reference[1:] in page.ids for reference in page.references if reference.startswith("#"))
+
+
+def test_words_agree_with_numbers(written):
+    study, path, _, outputs = written
+    findings = find(study, load_records(study, outputs))
+    parts, averages = answer(findings), findings.gains[(findings.gains["target"] == primary_average(findings)) & (findings.gains["baseline"] == "none")]
+    assert primary_average(findings) == "average_without_retrieval"
+    for _, row in averages.iterrows():
+        line = next(line for line in parts[0]["lines"] if f"{row['treatment']} {interval_words(row)}" in line["text"])
+        assert line["verdict"] == row["verdict"]
+        assert (row["low"] > 0) == ("help" in line["text"]) and (row["high"] < 0) == ("hurt" in line["text"])
+    assert averages.set_index("treatment")["verdict"].to_dict() == {"nli": "hurts", "qa": "helps", "mlm": "not resolved", "all+mlm": "helps"}
+    cells = findings.gains[(findings.gains["baseline"] == "none") & ~findings.gains["target"].str.startswith("average")]
+    text = " ".join(line["text"] for line in parts[1]["lines"])
+    assert f"Of the {len(cells)} combinations" in text
+    assert f"nli on toy_retrieval, {signed(cells.set_index(['treatment', 'target']).loc[('nli', 'toy_retrieval'), 'gain'])}" in text  # the largest across kinds
+    words = " ".join(" ".join(Page(path.read_text(encoding="utf-8")).words).split())
+    for part in parts:
+        assert part["heading"] in words and all(line["text"] in words for line in part["lines"])
+    control = findings.gains[(findings.gains["baseline"] == "mlm") & (findings.gains["target"] == "average_without_retrieval")].iloc[0]
+    assert parts[-1]["lines"][0]["text"].startswith(f"all+mlm over mlm: {interval_words(control)}; it adds something")
+
+
+def test_every_gain_is_on_the_page(written):
+    study, path, _, outputs = written
+    words = " ".join(Page(path.read_text(encoding="utf-8")).words)
+    for _, row in find(study, load_records(study, outputs)).gains.iterrows():
+        assert signed(row["gain"]) in words and f"{signed(row['low'])} to {signed(row['high'])}" in words
+
+
+def test_same_kind_is_marked(written):
+    study, _, _, outputs = written
+    assert arm_tasks(study)["all+mlm"] == ("toy_nli", "toy_qa", "toy_text") and arm_tasks(study)["none"] == ()
+    assert find(study, load_records(study, outputs)).same_kind == {("qa", "toy_target"), ("all+mlm", "toy_target")}
+
+
+def test_retrieval_is_shown_raw_and_centred(written):
+    study, path, _, outputs = written
+    findings = find(study, load_records(study, outputs))
+    assert set(findings.centred["target"]) == {"toy_retrieval", "average"} and (findings.centred_scores["zero_shot"] > 14).all()
+    assert "Retrieval, raw and language-centred" in path.read_text(encoding="utf-8")
+
+
+def test_terminal_table_is_short_and_aligned(written):
+    study, _, table, _ = written
+    lines = table.splitlines()
+    assert len(lines) == 1 + len(study.contrasts) and "without retrieval" in lines[0] and any(line.startswith("qa ") and "helps" in line for line in lines)
+
+
+def test_the_same_records_give_the_same_page(written):
+    study, path, _, outputs = written
+    before = path.read_bytes()
+    study_report(study, outputs)
+    assert path.read_bytes() == before
+
+
+def test_an_incomplete_study_says_so(toys, tmp_path):
+    study = build_study()
+    missing = [cell.run.id for cell in study.cells if cell.arm == "qa" and cell.target == "toy_target"]
+    write_records(study, tmp_path, TRUTH, skip=missing, capped=("toy_nli",))
+    failed = next(cell.run for cell in study.cells if cell.run.id == missing[0])
+    error = (tmp_path / failed.id).with_name(f".work-{Path(failed.id).name}") / "error.txt"
+    error.parent.mkdir(parents=True)
+    error.write_text(f"run failed with {SCRIPT}\n")
+    path, _ = study_report(study, tmp_path)
+    words = " ".join(" ".join(Page(path.read_text(encoding="utf-8")).words).split())
+    assert "This study is not complete" in words and f"3 of {len(study.plan())} runs have no record" in words
+    assert "Capped: toy_nli train (100 of 900)" in words and f"run failed with {SCRIPT}" in words
+    assert words.count(" failed ") >= 1 and words.count(" missing ") >= 2
+    gains = find(study, load_records(study, tmp_path)).gains.set_index(["treatment", "target"])
+    assert gains.loc[("qa", "toy_target"), "verdict"] == "missing" and gains.loc[("qa", "average"), "n_missing"] == 15
+
+
+def test_one_seed_gives_no_verdict(toys, tmp_path):
+    study = build_study(seeds=(0,))
+    write_records(study, tmp_path, TRUTH)
+    path, table = study_report(study, tmp_path)
+    words = " ".join(" ".join(Page(path.read_text(encoding="utf-8")).words).split())
+    assert "One seed" in words and " helps" not in table and "too few seeds" in table
+    assert not any(line["verdict"] in ("helps", "hurts") for part in answer(find(study, load_records(study, tmp_path))) for line in part["lines"])
+
+
+@pytest.mark.parametrize("untrained", [(), ("toy_retrieval",)])
+def test_studies_with_and_without_retrieval(toys, tmp_path, untrained):
+    study = build_study(targets=("toy_target",) if not untrained else (), untrained=untrained)
+    write_records(study, tmp_path, {("qa", "toy_target"): 4.0})
+    path, table = study_report(study, tmp_path)
+    findings = find(study, load_records(study, tmp_path))
+    assert path.is_file() and len(table.splitlines()) == 6 and (findings.centred is not None) == bool(untrained)
+    assert not any("retrieval targets included" in part["heading"] for part in answer(findings))
+
+
+def test_bad_input(toys, tmp_path):
+    study = build_study()
+    with pytest.raises(XtransferError, match="no record of study toy"):
+        study_report(study, tmp_path)
+    only_baseline = [run.id for run in study.plan() if run.id not in {cell.run.id for cell in study.cells if cell.arm == "none"}]
+    write_records(study, tmp_path, TRUTH, skip=only_baseline)
+    with pytest.raises(XtransferError, match="no contrast has scores on both sides"):
+        study_report(study, tmp_path)
+    assert not list(tmp_path.glob("reports/*"))
+
+
+def test_no_torch():
+    check = "import sys, xtransfer.report; print([m for m in ('torch', 'transformers', 'datasets', 'evaluate') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_missing_words():
+    assert interval_words({"gain": float("nan")}) == "missing" and interval_words({"gain": 1.0, "low": float("nan"), "high": float("nan")}) == "+1.0"

@@ -112,6 +112,7 @@ def test_averages_weigh_targets_equally_and_retrieval_is_apart(values):
     assert gain_of(table, "nli", "average")["gain"] == pytest.approx(np.mean(list(each.values())))
     without = gain_of(table, "nli", "average_without_retrieval")
     assert without["gain"] == pytest.approx((each["qa"] + each["ner"]) / 2) and without["n_targets"] == 2
+    assert "average_without_retrieval" not in set(transfer_gain(values[values["target"] != "retrieval"], [NLI])["target"])
     uneven = values[(values["target"] != "qa") | values["language"].isin(["en", "de"])]  # one zero-shot language still weighs one target
     table = transfer_gain(uneven, [NLI])
     each = {target: gain_of(table, "nli", target)["gain"] for target in KEYS}

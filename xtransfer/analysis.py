@@ -220,7 +220,7 @@ def _gain_row(
     low, high = t_interval(of_seeds, confidence)
     return row | {"english_gain": float(of_seeds.mean()), "english_low": low, "english_high": high, "n_missing_english": int((~english["complete"]).sum())}
 
-# %% ../nbs/11_analysis.ipynb #d526de92
+# %% ../nbs/11_analysis.ipynb #8f3e4a18
 def transfer_gain(
     values: pd.DataFrame,  # of `headline`
     contrasts: Iterable[Contrast],
@@ -244,12 +244,13 @@ def transfer_gain(
         if lacking and not allow_partial:
             raise XtransferError(f"{contrast.treatment} against {contrast.baseline} has no complete pair for {', '.join(lacking)}; run what is missing, or allow a partial analysis.")
         groups = {target: group for target, group in of_contrast.groupby("target")}
-        groups |= {"average": of_contrast, "average_without_retrieval": of_contrast[~of_contrast["retrieval"].astype(bool)]}
+        groups["average"], is_retrieval = of_contrast, of_contrast["retrieval"].astype(bool)
+        if is_retrieval.any() and not is_retrieval.all():
+            groups["average_without_retrieval"] = of_contrast[~is_retrieval]
         for target, group in groups.items():
-            if len(group):
-                of_row = derive_seed("bootstrap", seed, contrast.treatment, contrast.baseline, target)
-                row = _gain_row(group, source_language, confidence, resamples, interval, of_row)
-                rows.append({"treatment": contrast.treatment, "baseline": contrast.baseline, "target": target, "partial": row["n_missing"] > 0, "verdict": _verdict(row)} | row)
+            of_row = derive_seed("bootstrap", seed, contrast.treatment, contrast.baseline, target)
+            row = _gain_row(group, source_language, confidence, resamples, interval, of_row)
+            rows.append({"treatment": contrast.treatment, "baseline": contrast.baseline, "target": target, "partial": row["n_missing"] > 0, "verdict": _verdict(row)} | row)
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_analysis.ipynb #f791dfe3

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from .plots import signed
 
-# %% ../nbs/13a_page.ipynb #147f6bd3
+# %% ../nbs/13a_page.ipynb #abd7e043
 _CSS = """
 :root { --ink: #1d1d1f; --soft: #5c5f66; --line: #d9dbe0; --wash: #f6f7f9; --good: #1b5e9e; --bad: #a3341f; }
 * { box-sizing: border-box; }
@@ -41,7 +41,7 @@ th { text-align: left; font-weight: 600; border-bottom: 1.5px solid var(--ink); 
 td.n, th.n { text-align: right; white-space: nowrap; } td.whole { white-space: nowrap; } tr.average td { font-weight: 600; background: var(--wash); } tbody.group tr:last-child td { border-bottom: 1.5px solid var(--soft); }
 .helps { color: var(--good); font-weight: 600; } .hurts { color: var(--bad); font-weight: 600; } .answer li.helps, .answer li.hurts { color: inherit; font-weight: inherit; } .small { font-size: .78rem; } .failed, .missing { color: var(--bad); }
 code { font: .85em ui-monospace, "SF Mono", Menlo, Consolas, "Noto Sans Mono", monospace; overflow-wrap: anywhere; }
-@media print { body { font-size: 10.5pt; padding: 0; max-width: none; } h2 { break-after: avoid; } figure, tr, .answer, .notice { break-inside: avoid; } thead { display: table-header-group; } .wide { overflow: visible; } a { color: inherit; } table { font-size: 7.5pt; } .small { font-size: 6.5pt; } @page { margin: 16mm 14mm; } }
+@media print { body { font-size: 10.5pt; padding: 0; max-width: none; } h2 { break-after: avoid; } figure, tr, .notice, .answer li { break-inside: avoid; } h3 { break-after: avoid; } thead { display: table-header-group; } .wide { overflow: visible; } a { color: inherit; } table { font-size: 7.5pt; } .small { font-size: 6.5pt; } @page { margin: 16mm 14mm; } }
 """
 
 # %% ../nbs/13a_page.ipynb #241e70ee
@@ -72,7 +72,7 @@ _GAINS = """
 <figcaption>Rings: the mean over zero-shot languages of each seed. Diamond and bar: gain and interval. Pretraining, where it is part of the study, varies with the seed.</figcaption></figure>
 """
 
-# %% ../nbs/13a_page.ipynb #c045fc17
+# %% ../nbs/13a_page.ipynb #221979d7
 _LEVELS = """
 <h2>Absolute scores</h2><div class="wide"><table><caption>Zero-shot mean over languages, ± standard deviation over seeds; below it English, and the gap to it. A gain means little at floor or ceiling.</caption>
 <thead><tr><th>arm</th>{% for target in targets %}<th class="n">{{ target }}<br><span class="soft small">{{ measures[target] }}</span></th>{% endfor %}</tr></thead><tbody>
@@ -89,8 +89,8 @@ _LEVELS = """
 """
 
 _LANGUAGES_PART = """
-<h2>Language by language</h2>{% if has_distance_figure %}<figure>{{ figure("distance", "Scores per language and arm, one panel per target") }}
-<figcaption>Line: no intermediate training. Dots: arms, mean over seeds. Languages from near to far from English ({{ study.distance }} distance below the code).</figcaption></figure>{% endif %}
+<h2>Language by language</h2>{% for name in distance_figures %}<figure>{{ figure(name, "Scores per language and arm, one panel per target") }}
+{% if loop.last %}<figcaption>Line: no intermediate training. Dots: arms, mean over seeds. Languages from near to far from English ({{ study.distance }} distance below the code).</figcaption>{% endif %}</figure>{% endfor %}
 <div class="wide"><table><caption>The languages.</caption><thead><tr><th>code</th><th>language</th><th>family</th><th>script</th><th class="n">{{ study.distance }} distance</th></tr></thead><tbody>
 {% for l in language_rows %}<tr><td>{{ l.code }}</td><td>{{ l.name }}</td><td>{{ l.family }}</td><td>{{ l.script }}</td><td class="n">{{ l.distance }}</td></tr>{% endfor %}</tbody></table></div>
 <div class="wide"><table><caption>Negative transfer: the share of target–language combinations whose mean gain over seeds is below zero (one half is what no effect gives), and the worst of them.</caption><thead><tr><th>arm</th><th class="n">below zero</th><th class="n">combinations</th><th>worst</th><th class="n">gain there</th></tr></thead><tbody>

@@ -278,7 +278,7 @@ def _facts(study: Study, findings: Findings, records: Mapping[str, Record], seed
              ("seeds", f"{len(seeds)} ({', '.join(map(str, seeds))})"), ("runs", f"{len(records)} recorded of {len(study.plan())}, {duration} of computing in all")]
     return facts + ([("recorded", f"{ended[0][:10]} to {ended[-1][:10]}" if ended[0][:10] != ended[-1][:10] else ended[0][:10])] if ended else [])
 
-# %% ../nbs/14_report.ipynb #677152f5
+# %% ../nbs/14_report.ipynb #5e9e9908
 def report_page(
     study: Study,
     findings: Findings,
@@ -290,8 +290,8 @@ def report_page(
     """One self-contained HTML page."""
     seeds = sorted(set(findings.values["seed"]))
     figures = {"gains": plot_gains(findings.gains, findings.targets), "seeds": plot_seeds(findings.gains, findings.pairs, findings.targets)}
-    if (findings.languages["baseline"] == "none").any():
-        figures["distance"] = plot_distance(findings.languages, study.distance, findings.targets)
+    if (findings.languages["baseline"] == "none").any():  # four panels at most, so that a figure fits on a printed page
+        figures |= {f"distance {i}": plot_distance(findings.languages, study.distance, findings.targets[i:i + 4]) for i in range(0, len(findings.targets), 4)}
     data, runs = _data_rows(records.values()), _run_rows(study, records, failures, outputs, folder)
     measures = {target: ", ".join(TASKS[target].headline).replace("_", " ") for target in findings.targets}
     splits = findings.values.groupby("target")["split"].first()
@@ -300,7 +300,7 @@ def report_page(
     language_rows = [{"code": code, "name": LANGUAGES[code].name, "family": LANGUAGES[code].family, "script": LANGUAGES[code].script, "distance": "–" if pd.isna(d) else f"{d:.2f}"} for code, d in distances.items()]
     states = pd.Series([row["status"] for row in runs]).value_counts()
     return render(
-        study=study, figure=lambda name, description: figure_tag(figures[name], description), has_distance_figure="distance" in figures, backbones=sorted({cell.run.backbone for cell in study.cells}), answer=answer(findings), facts=_facts(study, findings, records, seeds),
+        study=study, figure=lambda name, description: figure_tag(figures[name], description), distance_figures=[name for name in figures if name.startswith("distance")], backbones=sorted({cell.run.backbone for cell in study.cells}), answer=answer(findings), facts=_facts(study, findings, records, seeds),
         notices=_notices(findings, data, len(runs) - int(states.get("complete", 0)), len(runs), seeds), measures=measures, retrieval=_retrieval_rows(findings), language_rows=language_rows, arms=list(arm_tasks(study).items()), target_rows=target_rows, recipes=_stage_rows(study),
         data=data, environments=_environments(records.values()), seeds=seeds, at_chance=findings.at_chance.to_dict("records"), failures=sorted(failures.items()), runs=runs, counts=", ".join(f"{n} {state}" for state, n in states.items()), **_tables(findings))
 

@@ -1,0 +1,53 @@
+# `make help` lists the targets. Everything runs in .venv, which `make setup` makes and keeps up to date.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+OUTPUTS ?= runs
+BIN := .venv/bin
+STAMP := .venv/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup mini smoke test check export lab docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## make .venv and install the exact versions of requirements.lock
+
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "xtransfer needs Python 3.11 or newer and found no '$(PYTHON)'; name one with: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "xtransfer needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name another with: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+	@echo "setting up .venv; the first time takes some minutes, most of them for torch"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet $$(grep '^torch==' requirements.lock)
+	@$(BIN)/python -m pip install --quiet -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+mini: setup ## run the replication study on two CPU cores (under 20 minutes) and write its report below runs/
+	@$(BIN)/xtransfer run stilts --profile mini --outputs $(OUTPUTS)
+
+smoke: setup ## run its smallest form (under 90 seconds)
+	@$(BIN)/xtransfer run stilts --profile smoke --outputs $(OUTPUTS)
+
+test: setup ## all tests: the library notebooks, generated code against notebooks, studies end to end
+	@tests/run all
+
+check: setup ## the tests that take no study: under five minutes
+	@tests/run fast
+
+export: setup ## notebooks -> xtransfer/*.py, and notebooks without the traces of execution
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean
+
+lab: setup ## open the notebooks
+	@$(BIN)/jupyter lab nbs
+
+docs: setup ## the notebooks as web pages in _docs/
+	@$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir _docs nbs/*.ipynb
+	@echo "open _docs/index.html"
+
+clean: ## remove what can be made again; keeps .venv, runs/ and outputs/
+	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

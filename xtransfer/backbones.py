@@ -51,11 +51,11 @@ def layer_at_fraction(
         raise XtransferError(f"a backbone needs at least one layer; {layers} were given.")
     return max(1, round(layers * fraction))
 
-# %% ../nbs/08_backbones.ipynb #718ff7ac
+# %% ../nbs/08_backbones.ipynb #0e648276
 WORLD_XLMR = BACKBONES.register(Backbone(
-    name="world-xlmr", architecture="encoder", layers=3, hidden_size=128, retrieval_layer=2, max_length=128,
-    config={"model_type": "xlm-roberta", "num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256,
-            "max_position_embeddings": 130, "type_vocab_size": 1, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+    name="world-xlmr", architecture="encoder", layers=2, hidden_size=128, retrieval_layer=1, max_length=128,
+    config={"model_type": "xlm-roberta", "num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256,
+            "max_position_embeddings": 130, "type_vocab_size": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
             "layer_norm_eps": 1e-5, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2},
     build_tokenizer=world_tokenizer, license="Apache-2.0",
     note="random weights; pretrained by the study's first stage on the synthetic world"))

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['WORLD_PRETRAINING', 'WORLD_INTERMEDIATE', 'WORLD_TARGET', 'WORLD_SENTENCES', 'QUESTION', 'WORLD_INTERMEDIATES',
-           'WORLD_TARGETS', 'WORLD_RETRIEVAL', 'WORLD_NOTE', 'STILTS']
+           'WORLD_TARGETS', 'WORLD_RETRIEVAL', 'WORLD_NOTE', 'STILTS', 'SMALL_TRAINING', 'PHANG_CLASSIFICATION',
+           'PHANG_TAGGING', 'PHANG_QA', 'SENTENCES', 'REAL_ARMS']
 
-# %% ../nbs/12_catalogue.ipynb #6069dd77
+# %% ../nbs/12_catalogue.ipynb #2b3b8511
 from dataclasses import replace
 
-import xtransfer.world_tasks  # noqa: F401  registers the world's tasks
+import xtransfer.intermediate  # noqa: F401  these three register their tasks
+import xtransfer.world_tasks  # noqa: F401
+import xtransfer.xtreme  # noqa: F401
 from .studies import STUDIES, Contrast, Mixing, Recipe, Stage, Study, StudyDeclaration, intermediate_cells
 
 # %% ../nbs/12_catalogue.ipynb #2623140c
@@ -48,4 +51,27 @@ STILTS = STUDIES.register(StudyDeclaration(name="stilts", question=QUESTION, pro
     "smoke": lambda: _stilts_world("smoke", ("none", "qa"), ("world_panx", "world_xquad"), (0,), 600, {"pretrain": 20, "intermediate": 10, "target": 5, "retrieval": 2}),
     "mini": lambda: _stilts_world("mini", ("none", "nli", "qa", "mc", "tagging", "multi", "multi+mlm", "mlm"), WORLD_TARGETS, (0, 1, 2), 5000,
                                   {"pretrain": 200, "intermediate": 30, "target": 6, "retrieval": 2}),
+}))
+
+# %% ../nbs/12_catalogue.ipynb #a4048fc9
+SMALL_TRAINING = Recipe(name="small", learning_rate=3e-4, batch_size=32, epochs=2, max_length=256, stride=128, evaluations=4, source="not tuned: the encoder's weights are random")
+# Source: nyu-mll/jiant, scripts/benchmarks/xtreme/xtreme_runconfig_writer.py (REFERENCE 1.4); the intermediate epochs are from memory of the paper and not verified
+PHANG_CLASSIFICATION = Recipe(name="phang2020-jiant", learning_rate=1e-5, batch_size=32, epochs=2, max_length=256, stride=128, evaluations=10, source="jiant xtreme_runconfig_writer.py")
+PHANG_TAGGING = replace(PHANG_CLASSIFICATION, name="phang2020-jiant-tagging", epochs=10)
+PHANG_QA = replace(PHANG_CLASSIFICATION, name="phang2020-jiant-qa", batch_size=16, max_length=384)
+SENTENCES = Recipe(name="sentences", learning_rate=0.0, batch_size=64, max_length=512, source="jiant: retrieval with up to 512 tokens")
+REAL_ARMS = {"none": (), "nli": ("mnli",), "qa": ("squad1",)}
+
+def _stilts_real(profile: str, backbone: str, recipes: dict[str, Recipe], seeds: tuple[int, ...], note: str) -> Study:
+    """The stilts study on the hub's data: the recipe of an arm or a target is that of the task it trains on."""
+    arms = {arm: tuple(Stage(train=(task,), recipe=recipes[task], seed=0) for task in tasks) for arm, tasks in REAL_ARMS.items()}
+    targets = {"xnli": recipes["mnli"], "xquad": recipes["squad1"], "udpos": recipes["udpos"], "panx": recipes["panx"]}
+    cells = intermediate_cells(backbone, arms, targets, ("tatoeba",), seeds, retrieval_recipe=SENTENCES)
+    return Study(name="stilts", profile=profile, question=QUESTION, cells=cells, contrasts=tuple(Contrast(treatment=arm, baseline="none") for arm in arms if arm != "none"), note=note)
+
+STUDIES.register(replace(STILTS, profiles=dict(STILTS.profiles) | {
+    "small": lambda: _stilts_real("small", "xlm-r-random-small", {task: replace(SMALL_TRAINING, max_length=384 if task == "squad1" else 256) for task in ("mnli", "squad1", "udpos", "panx")}, (0,),
+                                  "The encoder has XLM-R's vocabulary and random weights: it was never pretrained, so scores are near chance and gains say nothing about transfer."),
+    "paper": lambda: _stilts_real("paper", "xlm-r-large", {"mnli": PHANG_CLASSIFICATION, "squad1": PHANG_QA, "udpos": PHANG_TAGGING, "panx": PHANG_TAGGING}, (0, 1, 2),
+                                  "Two of the paper's nine intermediate tasks and five of its nine targets: those that are declared so far."),
 }))

@@ -26,7 +26,7 @@ from .core import XtransferError, derive_seed
 from .encoding import IGNORED, Batch
 from .tasks import Task
 
-# %% ../nbs/16_modeling.ipynb #c2dc75ab
+# %% ../nbs/16_modeling.ipynb #026f3a31
 class LengthGroups:
     """Which tokens of a flat row attend to each other."""
 
@@ -36,22 +36,22 @@ class LengthGroups:
         device: torch.device,
         groups: int = 4,  # runs of neighbours, at most; fewer waste arithmetic on padding, more cost calls
     ) -> None:
-        self.parts: list[tuple[int, int, int, int, torch.Tensor | None, torch.Tensor | None]] = []
-        sizes, token = np.asarray(lengths), 0
+        self.sizes: list[int] = []  # tokens of each run
+        self.parts: list[tuple[int, int, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]] = []
+        sizes = np.asarray(lengths)
         for run in np.array_split(sizes, min(groups, max(1, len(sizes) // 4))):
-            longest, total = int(run[-1]), int(run.sum())
-            if run[0] == longest:  # equal lengths: a view of the row, no mask
-                index = valid = None
-            else:
+            longest = int(run[-1])
+            index = valid = kept = None  # equal lengths: a view of the row, no mask
+            if run[0] != longest:
                 inside = np.arange(longest) < run[:, None]
                 begin = np.concatenate([[0], np.cumsum(run)[:-1]])
                 index = torch.from_numpy(np.where(inside, begin[:, None] + np.arange(longest), 0).ravel()).to(device)
-                valid = torch.from_numpy(inside).to(device)
-            self.parts.append((token, total, len(run), longest, index, valid))
-            token += total
+                valid, kept = torch.from_numpy(inside)[:, None, None, :].to(device), torch.from_numpy(np.flatnonzero(inside)).to(device)
+            self.sizes.append(int(run.sum()))
+            self.parts.append((len(run), longest, index, valid, kept))
 
 def grouped_attention(
-    module: nn.Module,  # the attention layer that asks; gives the training flag
+    module: nn.Module,  # the attention layer that asks
     query: torch.Tensor,  # [1, heads, tokens, head size]
     key: torch.Tensor,
     value: torch.Tensor,
@@ -64,16 +64,13 @@ def grouped_attention(
 ) -> tuple[torch.Tensor, None]:  # [1, tokens, heads, head size]
     """Attention within each sequence of a flat row, equal to padding every sequence alone."""
     heads, size = query.shape[1], query.shape[3]
-    rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # [tokens, heads, head size]
+    rows = torch.cat([query, key, value]).transpose(1, 2)  # [3, tokens, heads, head size]
     outputs = []
-    for token, total, count, longest, index, valid in groups.parts:
-        part = [row[token:token + total] for row in rows]
-        if index is not None:
-            part = [x.index_select(0, index) for x in part]
-        part = [x.reshape(count, longest, heads, size).transpose(1, 2) for x in part]
-        mask = None if valid is None else valid[:, None, None, :]
-        out = F.scaled_dot_product_attention(*part, attn_mask=mask, dropout_p=dropout, scale=scaling).transpose(1, 2)
-        outputs.append(out.reshape(total, heads, size) if valid is None else out[valid])
+    for part, (count, longest, index, valid, kept) in zip(rows.split(groups.sizes, dim=1), groups.parts):
+        part = part if index is None else part.index_select(1, index)
+        padded = part.reshape(3, count, longest, heads, size).transpose(2, 3)
+        out = F.scaled_dot_product_attention(*padded.unbind(0), attn_mask=valid, dropout_p=dropout, scale=scaling).transpose(1, 2).reshape(count * longest, heads, size)
+        outputs.append(out if kept is None else out.index_select(0, kept))
     return torch.cat(outputs)[None], None
 
 GROUPED = "xtransfer_grouped"

@@ -6,7 +6,7 @@
 __all__ = ['RESULTS_NAME', 'LOG_NAME', 'PREDICTIONS_NAME', 'CHECKPOINT_NAME', 'TRAINING_NAME', 'Step', 'train', 'log_rows',
            'score', 'loss_figure', 'language_figure', 'close']
 
-# %% ../nbs/19_steps.ipynb #1141686a
+# %% ../nbs/19_steps.ipynb #802223f7
 import io
 import json
 import resource
@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import transformers
 from filelock import FileLock, Timeout
 from IPython.display import Image
 from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ from .studies import Mixing, Recipe, Stage, load_declarations
 from .tasks import TASKS, UNTRAINED_FORMATS, Examples, Task, load_examples, resolved_revision
 from .training import Fitted, fit
 
-# %% ../nbs/19_steps.ipynb #dba07b3f
+# %% ../nbs/19_steps.ipynb #2828a91f
 RESULTS_NAME, LOG_NAME, PREDICTIONS_NAME, CHECKPOINT_NAME, TRAINING_NAME = "results.json", "log.jsonl", "predictions.parquet", "checkpoint", "training"
 
 def _stage(parameters: Mapping[str, Any]) -> Stage:
@@ -62,6 +63,8 @@ class Step:
         except Timeout:
             raise XtransferError(f"another process is writing to {self.folder.resolve()}; wait until it has ended.") from None
         torch.set_num_threads(parameters["threads"])
+        transformers.logging.set_verbosity_error()  # the encoder is loaded without its pooler, which is reported at length otherwise
+        transformers.logging.disable_progress_bar()
         load_declarations(parameters["declarations"])
         self.stage, self.backbone = _stage(parameters), BACKBONES[parameters["backbone"]]
         self.parent = self.folder / parameters["parent"] if parameters["parent"] else None

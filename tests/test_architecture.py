@@ -185,7 +185,7 @@ def test_commands_of_the_documents_exist():
 def test_example_of_the_readme_is_accepted(tmp_path):
     (example,) = re.findall(r"<!-- example: mine.py -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (tmp_path / "mine.py").write_text(example)
-    planned = run(sys.executable, "-c", "import sys; from xtransfer.cli import main; sys.exit(main())", "plan", "places", "--declare", str(tmp_path / "mine.py"), "--outputs", str(tmp_path), cwd=ROOT)
+    planned = run(sys.executable, "-c", "import sys; from xtransfer.cli import main; sys.exit(main())", "plan", "names", "--declare", str(tmp_path / "mine.py"), "--outputs", str(tmp_path), cwd=ROOT)
     assert "12 runs, 12 to execute" in planned and "world-xlmr-2/" in planned
 
 

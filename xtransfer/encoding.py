@@ -58,13 +58,13 @@ def _flat(
     owner = np.arange(len(sequences)) if example is None else np.asarray(example, dtype=np.int64)
     return Encoded(ids=ids, starts=starts, example=owner, **({"examples": len(sequences)} | others))
 
-# %% ../nbs/15_encoding.ipynb #a5fb29a3
+# %% ../nbs/15_encoding.ipynb #322f4954
 def _ids_of_texts(
     tokenizer: Any,  # a fast transformers tokenizer
     texts: Sequence[str],
     pairs: Sequence[str] | None,  # second texts; None when no example has one
     max_length: int,
-) -> tuple[list[list[int]], int]:  # token ids with special tokens, number of truncated texts
+) -> tuple[list[list[int]], list[int]]:  # token ids with special tokens, numbers of the truncated texts
     """Token ids of texts or pairs of texts."""
     def encode(rows: Sequence[int], **options: Any) -> list[list[int]]:
         second = None if pairs is None else [pairs[i] for i in rows]
@@ -74,23 +74,22 @@ def _ids_of_texts(
     long = [i for i, sequence in enumerate(ids) if len(sequence) > max_length]
     for i, short in zip(long, encode(long, truncation=True, max_length=max_length)):
         ids[i] = short
-    return ids, len(long)
+    return ids, long
 
 def encode_classification(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
     """One sequence per example; the target is the index of its label."""
     pairs = [r["text_pair"] for r in rows] if any(r["text_pair"] for r in rows) else None
     ids, truncated = _ids_of_texts(tokenizer, [r["text"] for r in rows], pairs, recipe.max_length)
     labels = np.array([task.labels.index(r["label"]) for r in rows], dtype=np.int64)
-    return _flat(ids, example_targets={"label": labels}, truncated=truncated)
+    return _flat(ids, example_targets={"label": labels}, truncated=len(truncated))
 
 def encode_choices(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
     """One sequence per choice, `text` paired with the choice; the target is the index of the right choice."""
     owner = [i for i, r in enumerate(rows) for _ in r["choices"]]
-    ids, _ = _ids_of_texts(tokenizer, [rows[i]["text"] for i in owner], [c for r in rows for c in r["choices"]], recipe.max_length)
-    truncated = sum(len(s) == recipe.max_length for s in ids)
-    return _flat(ids, owner, examples=len(rows), truncated=truncated, example_targets={"label": np.array([r["label"] for r in rows], dtype=np.int64)})
+    ids, truncated = _ids_of_texts(tokenizer, [rows[i]["text"] for i in owner], [c for r in rows for c in r["choices"]], recipe.max_length)
+    return _flat(ids, owner, examples=len(rows), truncated=len({owner[k] for k in truncated}), example_targets={"label": np.array([r["label"] for r in rows], dtype=np.int64)})
 
-# %% ../nbs/15_encoding.ipynb #2bee6c39
+# %% ../nbs/15_encoding.ipynb #48e1a95e
 def special_affixes(
     tokenizer: Any,
 ) -> tuple[list[int], list[int]]:  # ids put before and after a single text
@@ -117,7 +116,7 @@ def _word_windows(
         if last == len(sizes):
             return windows
         back, shared = last, 0
-        while back - 1 > first and shared + sizes[back - 1] <= stride:
+        while back - 1 > first and shared + sizes[back - 1] <= min(stride, room - sizes[last]):
             back, shared = back - 1, shared + sizes[back - 1]
         first = back
 
@@ -178,7 +177,7 @@ def encode_questions(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any
     return _flat(found["input_ids"], owner, examples=len(rows), truncated=cut, sequence_targets={"span": np.array(spans, dtype=np.int64).reshape(-1, 2)},
                  token_targets={"characters": np.concatenate(characters)})
 
-# %% ../nbs/15_encoding.ipynb #8bafda33
+# %% ../nbs/15_encoding.ipynb #54aabf54
 def encode_text(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
     """Blocks of running text, and pairs of a text and its translation."""
     before, after = special_affixes(tokenizer)
@@ -197,12 +196,12 @@ def encode_text(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], r
         owner += double
         sequences += pairs["input_ids"]
         sides += [[0 if s is None else s + 1 for s in pairs.sequence_ids(k)] for k in range(len(double))]
-        truncated = sum(len(s) == recipe.max_length for s in pairs["input_ids"])
+        truncated = sum(bool(e.overflowing) for e in pairs.encodings)
     order = np.argsort(owner, kind="stable")
     flat_sides = np.fromiter(chain.from_iterable(sides[k] for k in order), dtype=np.int64)
     return _flat([sequences[k] for k in order], [owner[k] for k in order], examples=len(rows), truncated=truncated, token_targets={"side": flat_sides})
 
-# %% ../nbs/15_encoding.ipynb #94376fc7
+# %% ../nbs/15_encoding.ipynb #29058ae5
 def encode_sentences(
     tokenizer: Any,
     sentences: Sequence[str],
@@ -210,7 +209,7 @@ def encode_sentences(
 ) -> Encoded:
     """One sequence per sentence, nothing to predict."""
     ids, truncated = _ids_of_texts(tokenizer, list(sentences), None, max_length)
-    return _flat(ids, truncated=truncated)
+    return _flat(ids, truncated=len(truncated))
 
 ENCODERS = {"sequence_classification": encode_classification, "multiple_choice": encode_choices, "token_classification": encode_tagging,
             "span_extraction": encode_questions, "masked_lm": encode_text}

@@ -7,7 +7,7 @@ __all__ = ['GROUPED', 'HEADS', 'HEADS_NAME', 'LengthGroups', 'grouped_attention'
            'SequenceHead', 'ChoiceHead', 'TokenHead', 'SpanHead', 'MaskedLMHead', 'StageModel', 'save_checkpoint',
            'load_heads']
 
-# %% ../nbs/16_modeling.ipynb #d47b6bd0
+# %% ../nbs/16_modeling.ipynb #39ce06c6
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -77,7 +78,7 @@ GROUPED = "xtransfer_grouped"
 AttentionInterface.register(GROUPED, grouped_attention)
 AttentionMaskInterface.register(GROUPED, lambda *args, **kwargs: None)
 
-# %% ../nbs/16_modeling.ipynb #32894ec5
+# %% ../nbs/16_modeling.ipynb #43605230
 def load_tokenizer(
     backbone: Backbone,
     folder: str | Path | None = None,  # a checkpoint that a stage wrote; None: the backbone's own
@@ -113,7 +114,9 @@ def load_encoder(
                 config = AutoConfig.for_model(options.pop("model_type"), **options, vocab_size=len(tokenizer))
                 encoder = AutoModel.from_config(config, dtype=torch.float32, attn_implementation=GROUPED)
         else:
-            encoder = AutoModel.from_pretrained(name, revision=None if folder else backbone.revision, dtype=torch.float32, attn_implementation=GROUPED)
+            encoder, found = AutoModel.from_pretrained(name, revision=None if folder else backbone.revision, dtype=torch.float32, attn_implementation=GROUPED, output_loading_info=True)
+            if lost := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):
+                raise XtransferError(f"the weights lack {lost[0]}, and {len(lost) - 1} others")
     except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds; all mean that the weights cannot be used
         raise XtransferError(f"the encoder of backbone {backbone.name} cannot be loaded from {name or 'its configuration'}: {str(error).strip().splitlines()[0]}") from error
     if getattr(encoder, "pooler", None) is not None:
@@ -200,7 +203,7 @@ class MaskedLMHead(nn.Module):
 
 HEADS = {"sequence_classification": SequenceHead, "multiple_choice": ChoiceHead, "token_classification": TokenHead, "span_extraction": SpanHead, "masked_lm": MaskedLMHead}
 
-# %% ../nbs/16_modeling.ipynb #dcc89a2e
+# %% ../nbs/16_modeling.ipynb #6ffaa6c0
 class StageModel(nn.Module):
     """A shared encoder with one head per task."""
 
@@ -244,6 +247,8 @@ class StageModel(nn.Module):
             asked |= {"input_ids": ids.to(device), "attention_mask": inside.long().to(device), "position_ids": (positions + self.position_offset).to(device)}
         else:
             asked |= {"input_ids": batch.input_ids[None], "position_ids": (positions[inside] + self.position_offset)[None].to(device), "groups": LengthGroups(batch.lengths, device)}
+        if self.encoder.config._attn_implementation != (way := "sdpa" if padded else GROUPED):
+            self.encoder.set_attn_implementation(way)
         output = self.encoder(**asked, token_type_ids=torch.zeros_like(asked["input_ids"]))
         states = output.last_hidden_state if layer is None else output.hidden_states[layer]
         return states[inside.to(device)] if padded else states[0]
@@ -267,7 +272,7 @@ class StageModel(nn.Module):
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=states.device), lengths)
         return torch.zeros(len(lengths), states.shape[1], device=states.device).index_add(0, owner, states) / lengths[:, None]
 
-# %% ../nbs/16_modeling.ipynb #f31ea1db
+# %% ../nbs/16_modeling.ipynb #1c48128f
 HEADS_NAME = "heads.safetensors"
 
 def save_checkpoint(
@@ -284,7 +289,7 @@ def save_checkpoint(
         tokenizer.save_pretrained(folder)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.heads.state_dict().items()}, Path(folder) / HEADS_NAME,
                   metadata={"formats": json.dumps(model.formats)})
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise XtransferError(f"cannot write the checkpoint {folder}: {error}.") from error
 
 def load_heads(

@@ -6,7 +6,7 @@
 __all__ = ['Sampler', 'mask_tokens', 'learning_rate', 'make_optimizer', 'Progress', 'save_state', 'load_state', 'TrainingLog',
            'StepBar', 'Fitted', 'fit']
 
-# %% ../nbs/17_training.ipynb #d949f992
+# %% ../nbs/17_training.ipynb #233b9917
 import json
 import math
 import os
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .core import XtransferError, derive_seed, read_json, write_json
@@ -108,7 +109,7 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay}, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, eps=recipe.adam_epsilon, fused=True)
 
-# %% ../nbs/17_training.ipynb #aeaf65f8
+# %% ../nbs/17_training.ipynb #9d376f8c
 @dataclass(kw_only=True)
 class Progress:
     """Everything about a training that has a history, apart from tensors."""
@@ -141,8 +142,8 @@ def save_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
         write_json(part / "progress.json", progress)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
-    except OSError as error:
-        raise XtransferError(f"cannot write the training state {final}: {error.strerror or error}; the last complete state is untouched.") from error
+    except (OSError, SafetensorError) as error:
+        raise XtransferError(f"cannot write the training state {final}: {getattr(error, 'strerror', None) or error}; the last complete state is untouched.") from error
     for old in folder.iterdir():
         if old.name.startswith(("state-", "part-")) and old != final:
             shutil.rmtree(old, ignore_errors=True)
@@ -219,7 +220,7 @@ class StepBar:
             text = f"step {step} of {self.steps}" + (f", loss {loss:.3f}" if loss is not None else "") + (f", about {left:.0f} s left" if step < self.steps else f", {spent:.0f} s")
             self._display.update({"text/plain": text}, raw=True)
 
-# %% ../nbs/17_training.ipynb #74ec7289
+# %% ../nbs/17_training.ipynb #7ccae5b1
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
     """What a training came to."""
@@ -239,6 +240,25 @@ class Fitted:
         stored = load_file(self.folder / name)
         model.load_state_dict({k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")} if selection == "last" else stored)
 
+# %% ../nbs/17_training.ipynb #d13b4be3
+def _score(model: StageModel, score_dev: Callable[[], Mapping[str, float]], progress: Progress, folder: Path, log: TrainingLog) -> None:
+    """Score English dev and keep the weights when they are the best so far; supervised tasks decide where there are any."""
+    model.eval()
+    scores = dict(score_dev())
+    model.train()
+    deciding = [v for t, v in scores.items() if model.formats[t] != "masked_lm"] or list(scores.values())
+    mean = sum(deciding) / len(deciding)
+    progress.dev.append({"step": progress.step, "mean": mean, "tasks": scores})
+    log.write(step=progress.step, dev=mean, tasks=scores)
+    if mean > progress.best_dev:
+        progress.best_dev, progress.best_step = mean, progress.step
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, folder / f"best-{progress.step:08d}.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise XtransferError(f"cannot write the best weights to {folder}: {error}; the last complete state is untouched.") from error
+
+# %% ../nbs/17_training.ipynb #8c16ae84
 def fit(
     model: StageModel,
     data: Mapping[str, Encoded],  # encoded training examples of each task
@@ -295,17 +315,3 @@ def fit(
             save_state(folder, model, optimizer, progress)
             saved = time.monotonic()
     return Fitted(progress=progress, steps=sampler.steps, folder=folder)
-
-def _score(model: StageModel, score_dev: Callable[[], Mapping[str, float]], progress: Progress, folder: Path, log: TrainingLog) -> None:
-    """Score English dev and keep the weights when they are the best so far; supervised tasks decide where there are any."""
-    model.eval()
-    scores = dict(score_dev())
-    model.train()
-    deciding = [v for t, v in scores.items() if model.formats[t] != "masked_lm"] or list(scores.values())
-    mean = sum(deciding) / len(deciding)
-    progress.dev.append({"step": progress.step, "mean": mean, "tasks": scores})
-    log.write(step=progress.step, dev=mean, tasks=scores)
-    if mean > progress.best_dev:
-        progress.best_dev, progress.best_step = mean, progress.step
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, folder / f"best-{progress.step:08d}.safetensors")

@@ -18,7 +18,7 @@ from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
-# %% ../nbs/20_warm.ipynb #9abcd3bd
+# %% ../nbs/20_warm.ipynb #7a468c9e
 PRELOAD = ("xtransfer.steps", "ipykernel.kernelapp", "IPython.core.interactiveshell", "matplotlib.backends.backend_agg", "pyarrow.parquet")
 KERNEL_LOG = "kernel.log"
 
@@ -27,12 +27,22 @@ def _end_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
+def _let_go_of_the_server() -> None:
+    """Close this process's end of the pipe that keeps the fork server alive, so that the server, and the kernels with it, end when the driver does."""
+    from multiprocessing import forkserver
+
+    alive = getattr(forkserver._forkserver, "_forkserver_alive_fd", None)
+    if alive is not None:
+        os.close(alive)
+        forkserver._forkserver._forkserver_alive_fd = None
+
 def _become_kernel(connection_file: str, folder: str, environment: Mapping[str, str]) -> None:
     """Turn this forked process into an IPython kernel that runs in a folder."""
     parent = os.getppid()
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _end_with_parent()
+    _let_go_of_the_server()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -1,0 +1,91 @@
+"""What the tests share: toy declarations, the command line as a user sees it, and a hub on loopback."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+TOYS = Path(__file__).with_name("toys.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def toys():
+    """The toy declarations, registered for one test."""
+    from xtransfer.backbones import BACKBONES
+    from xtransfer.studies import STUDIES, load_declarations
+    from xtransfer.tasks import TASKS
+
+    before = [(registry, dict(registry)) for registry in (TASKS, BACKBONES, STUDIES)]
+    load_declarations([str(TOYS)])
+    yield TOYS
+    for registry, entries in before:
+        registry._entries = entries
+
+
+def command(*arguments, environment=None):
+    """The command line in a process group of its own, as an open process."""
+    around = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE")} | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    return subprocess.Popen([sys.executable, "-c", "import sys; from xtransfer.cli import main; sys.exit(main())", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=around, start_new_session=True)
+
+
+def finished(process, timeout=300):
+    """Exit code, standard output and standard error of a process; nothing of its group survives a timeout."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, out, err
+
+
+def xtransfer(*arguments, timeout=300, environment=None):
+    """Run the command line to its end."""
+    return finished(command(*arguments, environment=environment), timeout)
+
+
+def hashes(folder):
+    """Content of every file below a folder, locks excepted."""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file() and ".locks" not in p.parts}
+
+
+@pytest.fixture(scope="session")
+def toy_outputs(tmp_path_factory):
+    """The toy study's smoke profile, run once and undisturbed; tests only read it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, out, err = xtransfer("run", "toys", "--profile", "smoke", "--declare", TOYS, "--outputs", folder, "--workers", 1, "--threads", 1)
+    assert code == 0, out + err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """Environment of a process that sees a hub on loopback and an empty cache.
+
+    XTRANSFER_HUB_SERVER names a script that serves a hub and prints HF_ENDPOINT=... first; with XTRANSFER_REQUIRE_HUB=1 its absence is a failure.
+    """
+    script = os.environ.get("XTRANSFER_HUB_SERVER")
+    if not script:
+        if os.environ.get("XTRANSFER_REQUIRE_HUB") == "1":
+            pytest.fail("XTRANSFER_REQUIRE_HUB=1, but XTRANSFER_HUB_SERVER names no hub server")
+        pytest.skip("XTRANSFER_HUB_SERVER names no hub server")
+    server = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    try:
+        name, _, endpoint = server.stdout.readline().strip().partition("=")
+        assert name == "HF_ENDPOINT" and endpoint.startswith("http://"), f"the hub server {script} printed {name!r}"
+        yield {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path_factory.mktemp("hf-home")), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_OFFLINE": "0", "HF_HUB_OFFLINE": "0"}
+    finally:
+        server.kill()
+        server.wait()

@@ -1,0 +1,245 @@
+"""Predictions equal what slow, plain implementations give; labels go by name; nothing depends on how examples are batched."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import xtransfer.evaluation as evaluation
+from test_modeling import model_of
+from xtransfer.core import XtransferError
+from xtransfer.encoding import encode, make_batch
+from xtransfer.evaluation import Evaluator, best_spans, best_threshold, masked_accuracy, mine_pairs, normalized, predict_answers, predict_tags, score_mining, score_retrieval, sentence_vectors
+from xtransfer.studies import Recipe
+from xtransfer.tasks import TASKS, Examples, load_examples
+
+RECIPE = Recipe(name="test", learning_rate=0, batch_size=4, max_length=96, stride=8, max_answer_length=5)
+
+
+@pytest.fixture
+def tokenizer(toys):
+    from xtransfer.backbones import BACKBONES
+
+    return BACKBONES["toy-encoder"].build_tokenizer()
+
+
+class Stub:
+    """A model that gives every token fixed logits, whatever stands around it."""
+
+    def __init__(self, table):
+        self.table = table
+        self.encoder = type("Encoder", (), {"device": torch.device("cpu")})()
+
+    def __call__(self, batch, task):
+        logits = self.table[batch.input_ids]
+        return None, logits[batch.targets["tag"] != -100]
+
+
+def test_tags_from_windows_equal_tags_from_one_window(tokenizer):
+    """Where the logits of a word do not depend on its window, windows must not matter; where they do, the word's most central window decides."""
+    rows = load_examples(TASKS["toy_tags"], "en", "train").rows
+    stub = Stub(torch.from_numpy(np.random.default_rng(0).normal(size=(22, 2))))
+    found = [predict_tags(stub, "toy_tags", encode(tokenizer, TASKS["toy_tags"], rows, replace(RECIPE, max_length=n, stride=s))) for n, s in ((96, 8), (8, 2), (6, 0), (11, 5))]
+    assert [len(tags) for tags in found[0]] == [len(r["tokens"]) for r in rows]
+    assert found[0] == found[1] == found[2] == found[3]
+    assert found[0] == [[int(stub.table[tokenizer(w, add_special_tokens=False)["input_ids"][0]].argmax()) for w in r["tokens"]] for r in rows]
+
+
+def test_the_most_central_window_decides(tokenizer, monkeypatch):
+    rows = [{"id": "", "tokens": list("abcdefgh"), "tags": ["O"] * 8}]
+    encoded = encode(tokenizer, TASKS["toy_tags"], rows, replace(RECIPE, max_length=7, stride=2))  # windows of 5 words, 2 shared
+    class Numbered(Stub):
+        def __call__(self, batch, task):
+            owner = torch.repeat_interleave(torch.from_numpy(batch.sequence), torch.tensor(batch.lengths))
+            return None, torch.nn.functional.one_hot(owner, 4).float()[batch.targets["tag"] != -100]
+    assert predict_tags(Numbered(torch.zeros(22, 2)), "toy_tags", encoded) == [[0, 0, 0, 0, 1, 1, 1, 1]]
+
+
+def test_best_spans_equal_brute_force():
+    rng = np.random.default_rng(3)
+    for longest in (1, 2, 7, 12):
+        logits, inside = rng.normal(size=(20, longest, 2)), rng.random((20, longest)) < 0.7
+        for most in (1, 3, 30):
+            score, first, last = best_spans(logits, inside, most)
+            for w in range(20):
+                spans = [(logits[w, a, 0] + logits[w, b, 1], a, b) for a in range(longest) for b in range(a, min(a + most, longest)) if inside[w, a] and inside[w, b]]
+                if not spans:
+                    assert score[w] == -np.inf
+                else:
+                    assert (score[w], first[w], last[w]) == max(spans)
+
+
+class SpanStub(Stub):
+    """Gives every token of every window logits by its id; the first token's are set apart."""
+
+    def __init__(self, table, none):
+        super().__init__(table)
+        self.none = none
+
+    def __call__(self, batch, task):
+        longest, rows, begin = batch.lengths[-1], [], 0
+        for length in batch.lengths:
+            row = torch.full((longest, 2), -torch.inf, dtype=self.table.dtype)
+            row[:length] = self.table[batch.input_ids[begin:begin + length]]
+            row[0] = self.none
+            rows.append(row)
+            begin += length
+        return None, torch.stack(rows)
+
+
+@pytest.mark.parametrize("repeat", (0, 90))
+def test_answers_are_slices_of_the_context_and_the_best_of_all_windows(repeat, tokenizer):
+    task = TASKS["toy_qa2"]
+    rows = [r | {"context": "b c " * repeat + r["context"]} for r in load_examples(task, "en", "dev").rows]
+    rows = [r | {"starts": [s + 4 * repeat for s in r["starts"]]} for r in rows]
+    encoded = encode(tokenizer, task, rows, RECIPE)
+    assert (len(encoded.lengths) > len(rows)) == bool(repeat)
+    table = torch.from_numpy(np.random.default_rng(1).normal(size=(22, 2)))
+    contexts = [r["context"] for r in rows]
+    answers = predict_answers(SpanStub(table, -50.0), "x", encoded, contexts, RECIPE, allow_none=True)
+    for answer, context in zip(answers, contexts):
+        whole = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = whole["input_ids"], whole["offset_mapping"]
+        spans = [(float(table[ids[a], 0] + table[ids[b], 1]), context[places[a][0]:places[b][1]]) for a in range(len(ids)) for b in range(a, min(a + 5, len(ids)))]
+        top = max(s for s, _ in spans)
+        assert answer in context and answer in {t for s, t in spans if s == pytest.approx(top)}
+
+
+def test_no_answer_only_where_it_is_allowed_and_scores_higher(tokenizer):
+    rows = load_examples(TASKS["toy_qa2"], "en", "dev").rows
+    encoded, contexts = encode(tokenizer, TASKS["toy_qa2"], rows, RECIPE), [r["context"] for r in rows]
+    table = torch.from_numpy(np.random.default_rng(1).normal(size=(22, 2)))
+    sure = predict_answers(SpanStub(table, 50.0), "x", encoded, contexts, RECIPE, allow_none=True)
+    forced = predict_answers(SpanStub(table, 50.0), "x", encoded, contexts, RECIPE, allow_none=False)
+    free = predict_answers(SpanStub(table, -50.0), "x", encoded, contexts, RECIPE, allow_none=True)
+    assert set(sure) == {""} and "" not in forced and forced == free
+
+
+def test_masks_are_fixed(toys, tokenizer):
+    rows = load_examples(TASKS["toy_text"], "en", "dev").rows
+    encoded, model = encode(tokenizer, TASKS["toy_text"], rows, RECIPE), model_of(initializer_range=0.5).eval()
+    with torch.no_grad():
+        first = masked_accuracy(model, "toy_text", encoded, RECIPE, 4)
+        torch.manual_seed(77), np.random.seed(5)
+        assert masked_accuracy(model, "toy_text", encoded, RECIPE, 4) == first and 0 <= first <= 100
+
+
+def test_labels_go_by_name_when_the_head_has_another_order(toys, tokenizer):
+    trained = TASKS["toy_pair"]
+    turned = replace(trained, name="turned", labels=("no", "yes"), trains_on="toy_pair")
+    part = load_examples(trained, "en", "dev")
+    model = model_of(initializer_range=0.5).eval()
+    with torch.no_grad():  # as many examples on one side of the boundary as on the other
+        logits = model(make_batch(encode(tokenizer, trained, part.rows, RECIPE), np.arange(len(part.rows))), "toy_pair")[1]
+        model.heads["toy_pair"].out.bias[0] -= (logits[:, 0] - logits[:, 1]).median()
+    (one, kept), (two, kept2) = (Evaluator(tokenizer, task, trained, [part], RECIPE).score(model, "best") for task in (trained, turned))
+    assert [s.value for s in one] == [s.value for s in two] and [k["prediction"] for k in kept] == [k["prediction"] for k in kept2]
+    right = sum(json.loads(k["prediction"]) == r["label"] for k, r in zip(kept, part.rows))
+    assert one[0].value == pytest.approx(100 * right / len(part.rows)) and len({k["prediction"] for k in kept}) == 2
+    with pytest.raises(XtransferError, match="'perhaps'"):
+        Evaluator(tokenizer, replace(turned, labels=("no", "yes", "perhaps")), trained, [part], RECIPE)
+
+
+def test_every_language_is_scored_apart(toys, tokenizer):
+    task, model = TASKS["toy_tags"], model_of(initializer_range=0.5).eval()
+    parts = [load_examples(task, language, "test") for language in task.languages]
+    together, _ = Evaluator(tokenizer, task, task, parts, RECIPE).score(model, "last")
+    alone = [s for part in parts for s in Evaluator(tokenizer, task, task, [part], RECIPE).score(model, "last")[0]]
+    assert together == alone and len({s.value for s in together if s.metric == "f1"}) > 1
+
+
+def test_sentence_vectors_are_means_over_the_stock_models_layer(toys, tokenizer, tmp_path):
+    from transformers import AutoModel
+
+    model = model_of(initializer_range=0.3).eval()
+    model.encoder.save_pretrained(tmp_path)
+    stock, sentences = AutoModel.from_pretrained(tmp_path).eval(), ["a bc", "h", "a bc", "ggg fff e d c b a"]
+    found = sentence_vectors(model, tokenizer, sentences, 1, 32)
+    for sentence, vector in zip(sentences, found):
+        with torch.no_grad():
+            states = stock(**tokenizer(sentence, return_tensors="pt"), output_hidden_states=True).hidden_states[1][0]
+        np.testing.assert_allclose(vector, states.mean(0).numpy(), atol=1e-5)
+
+
+def test_retrieval_on_constructed_vectors(toys):
+    rows = [{"id": str(i), "query": f"q{i}", "document": f"d{i}"} for i in range(40)]
+    rng = np.random.default_rng(0)
+    meaning, language = rng.normal(size=(40, 16)), 30 * rng.normal(size=16)
+    space = {f"q{i}": meaning[i] - language for i in range(40)} | {f"d{i}": meaning[i] + 0.1 * rng.normal(size=16) + language for i in range(40)}
+    space |= {"d0": meaning[1] + language, "d1": meaning[0] + language}  # two that change places
+    part = Examples(task="toy_retrieval", language="de", split="test", rows=rows, available=40, expected=None)
+    scores, kept = score_retrieval(TASKS["toy_retrieval"], [part], lambda sentences: np.array([space[s] for s in sentences]))
+    value = {s.metric: s.value for s in scores}
+    assert value["accuracy_centred"] == pytest.approx(95) and value["accuracy"] < 80 and all(s.n == 40 and s.selection == "none" for s in scores)
+    raw = [max(range(40), key=lambda j: np.dot(space[f"q{i}"], space[f"d{j}"]) / np.linalg.norm(space[f"d{j}"])) for i in range(40)]
+    assert [int(k["prediction"]) for k in kept] == raw
+
+
+def plain_mining(x, y):
+    """REFERENCE 2.5, steps 2 to 4, one pair at a time."""
+    similarity = [[float(np.dot(a, b)) for b in y] for a in x]
+    near_x = [sorted(range(len(y)), key=lambda j: -similarity[i][j])[:4] for i in range(len(x))]
+    near_y = [sorted(range(len(x)), key=lambda i: -similarity[i][j])[:4] for j in range(len(y))]
+    mean_x = [np.mean([similarity[i][j] for j in near_x[i]]) for i in range(len(x))]
+    mean_y = [np.mean([similarity[i][j] for i in near_y[j]]) for j in range(len(y))]
+
+    def margin(i, j):
+        return similarity[i][j] / ((mean_x[i] + mean_y[j]) / 2)
+    union = [(margin(i, j), i, j) for i in range(len(x)) for j in [max(near_x[i], key=lambda j: margin(i, j))]]
+    union += [(margin(i, j), i, j) for j in range(len(y)) for i in [max(near_y[j], key=lambda i: margin(i, j))]]
+    kept, used_x, used_y = [], set(), set()
+    for value, i, j in sorted(union, key=lambda c: -c[0]):
+        if i not in used_x and j not in used_y and value > 0:
+            kept.append((i, j, value)), used_x.add(i), used_y.add(j)
+    return kept
+
+
+@pytest.mark.parametrize("shape", ((30, 41), (41, 30), (3, 9), (1, 1), (5, 1)))
+def test_mining_equals_a_plain_implementation(shape):
+    rng = np.random.default_rng(sum(shape))
+    x, y = (normalized(rng.normal(size=(n, 12)) + 1.5, False) for n in shape)
+    found, wanted = mine_pairs(x, y), plain_mining(x, y)
+    assert [(i, j) for i, j, _ in found] == [(i, j) for i, j, _ in wanted]
+    np.testing.assert_allclose([v for *_, v in found], [v for *_, v in wanted], rtol=1e-9)
+
+
+def test_threshold_is_the_best_on_dev():
+    rng = np.random.default_rng(8)
+    for _ in range(50):
+        values = np.sort(rng.normal(1, 0.2, 15))[::-1]
+        candidates = [(i, i, float(v)) for i, v in enumerate(values)]
+        gold = {(i, i) for i in range(20) if rng.random() < (0.9 if i < 7 else 0.2)} or {(0, 0)}
+
+        def f1(threshold):
+            kept = {(i, j) for i, j, v in candidates if v >= threshold}
+            return 2 * len(kept & gold) / (len(kept) + len(gold))
+        chosen = best_threshold(candidates, gold)
+        assert f1(chosen) == pytest.approx(max(f1(v) for v in values))
+        assert not any(v == chosen for v in values[:-1]), "midway between two candidates"
+    assert best_threshold([(0, 0, 1.5)], {(0, 0)}) == 1.5
+
+
+def test_mining_drops_sentences_that_occur_twice_and_takes_the_threshold_from_dev(toys):
+    rng = np.random.default_rng(2)
+    space = {}
+
+    def pool(name, n, twice=False):
+        rows = []
+        for i in range(n):
+            meaning = rng.normal(size=24)
+            for side, noise in (("source", 0.05), ("target", 0.05)):
+                space[f"{name}{side}{i}"] = meaning + noise * rng.normal(size=24)
+                rows.append({"id": f"{name}-{side}-{i}", "side": side, "text": f"{name}{side}{i}", "match": f"{name}-target-{i}" if side == "source" else ""})
+        if twice:
+            rows.append({"id": "again", "side": "source", "text": f"{name}source0", "match": ""})
+        return Examples(task="toy_mining", language="de", split="test", rows=rows, available=len(rows), expected=None)
+
+    def vectors(sentences):
+        return np.array([space[s] for s in sentences])
+    dev, test = pool("dev", 20), pool("test", 20, twice=True)
+    scores, kept = score_mining(TASKS["toy_mining"], [(dev, test)], vectors)
+    value = {s.metric: s.value for s in scores}
+    assert value["recall"] == pytest.approx(95) and value["precision"] == 100 and {k["id"] for k in kept} == {f"test-source-{i}" for i in range(1, 20)}
+    assert all(s.n == 20 for s in scores) and evaluation.NEIGHBOURS == 4

@@ -1,0 +1,167 @@
+"""Runs through the real papermill engine: complete records, equal after kill -9, Ctrl-C and company on the same folder."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from conftest import TOYS, command, finished, hashes, xtransfer
+from xtransfer.metrics import METRICS
+from xtransfer.records import NOTEBOOK_NAME, RECORD_NAME, load_records, read_record
+from xtransfer.runs import execute, remaining, run_study
+from xtransfer.studies import STUDIES
+from xtransfer.tasks import TASKS
+
+SMOKE = ("run", "toys", "--profile", "smoke", "--declare", TOYS, "--workers", 1, "--threads", 1)
+
+
+def outcome(folder):
+    """What must not depend on when and where a study ran: scores and predictions of every run, and its training."""
+    found = {}
+    for path in sorted(Path(folder).glob(f"*/*/{RECORD_NAME}")):
+        record = json.loads(path.read_text())
+        predictions = path.with_name("predictions.parquet")
+        log = [json.loads(line) for line in path.with_name("log.jsonl").read_text().splitlines()]
+        found[record["run"]] = (record["scores"], record["training"], [d["fingerprint"] for d in record["data"]], log,
+                                pd.read_parquet(predictions).to_dict("records") if predictions.exists() else None)
+    return found
+
+
+def kernels(folder):
+    """Processes that work below a folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.cwd().startswith(str(folder)):
+                found.append(process.pid)
+        except psutil.Error:
+            pass
+    return found
+
+
+def gone(folder, seconds=3.0):
+    """Wait until nothing works below a folder any more."""
+    end = time.monotonic() + seconds
+    while kernels(folder) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not kernels(folder)
+
+
+def in_the_middle(process, folder, wait=120):
+    """Wait until the first notebook runs."""
+    end = time.monotonic() + wait
+    while not kernels(folder) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """Every template through the warm engine, in this process: records and folder of the toy study's mini profile."""
+    from xtransfer.studies import load_declarations
+
+    load_declarations([str(TOYS)])
+    folder = tmp_path_factory.mktemp("everything")
+    study = STUDIES["toys"].build("mini")
+    result = run_study(study, folder, workers=1, threads=1, declarations=[str(TOYS)], report=lambda line: None)
+    assert not result.failed, result.failed
+    return study, folder, {run.id: read_record(folder / run.id) for run in study.plan()}
+
+
+def test_every_template_leaves_a_complete_record(everything, toys):
+    study, folder, records = everything
+    assert {r.template for r in records.values()} == {"pretrain", "intermediate", "target", "retrieval"} and len(records) == len(study.plan())
+    for run in study.plan():
+        record, place = records[run.id], folder / run.id
+        assert record.status == "complete" and record.digest == run.digest and record.parent == (run.parent.id if run.parent else None)
+        assert len(record.stages) == len(run.stages) and record.parameters["seed"] == run.stage.seed and record.backbone["name"] == "toy-encoder"
+        assert {"python", "packages", "cpus", "device", "threads"} <= set(record.environment) and record.environment["packages"]["torch"]
+        assert record.seconds["total"] > 0 and record.peak_memory_mb > 0 and record.started <= record.ended
+        assert all({"task", "language", "split", "rows", "capped", "fingerprint", "revision"} <= set(d) for d in record.data)
+        assert bool(record.training.get("steps")) == bool(run.stage.train) and (record.tokens_per_second or 0) > 0 or not run.stage.train
+        assert {(s.task, s.language) for s in record.scores} == {(t, g) for t in run.stage.score for g in TASKS[t].languages}
+        assert {s.selection for s in record.scores} == (set() if not run.stage.score else {"best", "last"} if run.stage.train else {"none"})
+        assert all(0 <= s.value <= 100 and s.n > 0 for s in record.scores)
+        notebook = json.loads((place / NOTEBOOK_NAME).read_text())
+        assert all(c["execution_count"] for c in notebook["cells"] if c["cell_type"] == "code") and str(folder) not in json.dumps(notebook["metadata"])
+        assert {p.name for p in place.iterdir()} <= {NOTEBOOK_NAME, RECORD_NAME, "predictions.parquet", "log.jsonl", "checkpoint"}
+        assert (place / "checkpoint").exists() == any(other.parent and other.parent.digest == run.digest for other in study.plan())
+    assert not list(folder.glob("*/.work-*"))
+    table = load_records(study, folder)
+    assert set(table["arm"]) == {"none", "multi"} and not table["value"].isna().any()
+
+
+def test_kept_predictions_score_what_the_record_says(everything, toys):
+    _, folder, records = everything
+    checked = set()
+    for run, record in records.items():
+        if not record.scores:
+            continue
+        kept = pd.read_parquet(folder / run / "predictions.parquet")
+        for (name, language, split, selection), part in kept.groupby(["task", "language", "split", "selection"], sort=False):
+            task = TASKS[name]
+            if task.format == "bitext_mining":
+                continue  # the gold pairs that were not found are not among the predictions
+            predictions, references = [[json.loads(v) for v in part[column]] for column in ("prediction", "reference")]
+            for metric in task.metrics:
+                for key, value in METRICS[metric].compute(predictions, references).items():
+                    said = [s.value for s in record.scores if (s.task, s.language, s.split, s.selection, s.metric) == (name, language, split, selection, key)]
+                    assert said == [pytest.approx(value, abs=1e-9)]
+                    checked.add((name, key))
+    assert {n for n, _ in checked} == {"toy_tags", "toy_qa2", "toy_choice", "toy_retrieval"}
+
+
+def test_a_finished_study_is_left_alone(toy_outputs, toys):
+    before = hashes(toy_outputs)
+    started = time.monotonic()
+    code, out, err = xtransfer(*SMOKE, "--outputs", toy_outputs)
+    assert code == 0 and "0 to execute" in out and "report:" in out, out + err
+    after = hashes(toy_outputs)
+    assert {k: v for k, v in after.items() if not k.startswith("reports")} == {k: v for k, v in before.items() if not k.startswith("reports")}
+    study = STUDIES["toys"].build("smoke")
+    assert not remaining(study, toy_outputs) and execute(study.plan()[0], toy_outputs).run == study.plan()[0].id
+    assert time.monotonic() - started < 60
+
+
+def test_killed_at_random_moments_the_same_command_ends_with_equal_records(toy_outputs, tmp_path):
+    rng, kills = random.Random(20), 0
+    for _ in range(3):
+        process = command(*SMOKE, "--outputs", tmp_path)
+        in_the_middle(process, tmp_path)
+        time.sleep(rng.uniform(0.2, 4.0))
+        kills += process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)
+        finished(process)
+        assert gone(tmp_path), "kernels outlive the process that was killed"
+    assert kills
+    code, out, err = xtransfer(*SMOKE, "--outputs", tmp_path)
+    assert code == 0, out + err
+    assert outcome(tmp_path) == outcome(toy_outputs)
+    assert not list(tmp_path.glob("*/.work-*")) and not list(tmp_path.glob("*/.old-*"))
+
+
+def test_interrupted_it_says_how_to_go_on_and_leaves_no_process(tmp_path, toy_outputs):
+    process = command(*SMOKE, "--outputs", tmp_path)
+    in_the_middle(process, tmp_path)
+    time.sleep(1.5)
+    os.kill(process.pid, signal.SIGINT)
+    code, out, err = finished(process, 30)
+    assert code == 130 and "same command" in err and "Traceback" not in err, out + err
+    assert gone(tmp_path)
+
+
+def test_two_processes_on_the_same_outputs(tmp_path, toy_outputs):
+    """Two at once, in another folder than the first time: nothing is spoilt, and everything is bit for bit what it was."""
+    both = [command(*SMOKE, "--outputs", tmp_path) for _ in range(2)]
+    ended = [finished(p) for p in both]
+    for code, out, err in ended:
+        assert "Traceback" not in err and (code == 0 or "another process" in err), out + err
+    if any(code for code, _, _ in ended):
+        assert xtransfer(*SMOKE, "--outputs", tmp_path)[0] == 0
+    assert outcome(tmp_path) == outcome(toy_outputs)

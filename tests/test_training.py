@@ -1,0 +1,174 @@
+"""`fit` is a function of its arguments: interrupted anywhere it goes on bit for bit, and damage is one sentence."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import xtransfer.training
+from test_modeling import model_of
+from xtransfer.core import XtransferError
+from xtransfer.encoding import encode
+from xtransfer.studies import Mixing, Recipe
+from xtransfer.tasks import TASKS, load_examples
+from xtransfer.training import Sampler, fit
+
+RECIPE = Recipe(name="test", learning_rate=3e-3, batch_size=3, max_steps=30, max_length=96, stride=8, evaluations=3)
+FIVE = ("toy_pair", "toy_choice", "toy_tags", "toy_qa", "toy_text")
+
+
+class Killed(Exception):
+    """Stands for kill -9."""
+
+
+@pytest.fixture
+def data(toys):
+    from xtransfer.backbones import BACKBONES
+
+    tokenizer = BACKBONES["toy-encoder"].build_tokenizer()
+    return {n: encode(tokenizer, TASKS[n], load_examples(TASKS[n], "en", "train").rows, RECIPE) for n in FIVE}
+
+
+def trained(data, folder, recipe=RECIPE, seed=0, scores=None, die_at=None, monkeypatch=None, save_seconds=1e9):
+    """Train all five formats; `scores` follow from the weights unless they are given; die before the update that follows step `die_at`."""
+    model = model_of(seed=seed)
+
+    def score_dev():
+        if die_at == "dev":
+            raise Killed
+        return {n: float(model.heads[n].state_dict()["dense.weight" if n == "toy_text" else "out.weight"].abs().sum()) for n in FIVE} if scores is None else {n: next(scores) for n in FIVE[:1]}
+
+    if isinstance(die_at, int):
+        def lethal(batch, *_):
+            lethal.calls += 1
+            if lethal.calls > die_at:
+                raise Killed
+            return real(batch, *_)
+        real, lethal.calls = xtransfer.training.make_batch, 0
+        monkeypatch.setattr(xtransfer.training, "make_batch", lethal)
+    try:
+        torch.manual_seed(np.random.randint(1000))  # what the process did before must not matter
+        return model, fit(model, data, score_dev, recipe, Mixing(kind="uniform"), seed, folder, mask_id=4, save_seconds=save_seconds)
+    finally:
+        if isinstance(die_at, int):
+            monkeypatch.setattr(xtransfer.training, "make_batch", real)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights_equal(one, two):
+    return all(torch.equal(a, two.state_dict()[k]) for k, a in one.state_dict().items())
+
+
+@pytest.mark.parametrize("moments", [[1], [0, 7, 4], ["dev", 9, "dev", 3], [29], [5, 5, 5, 5, 5]], ids=str)
+def test_interrupted_training_goes_on_bit_for_bit(moments, data, tmp_path, monkeypatch):
+    """Every step saves a state, so that an interruption after k more steps resumes there; "dev" dies while scoring."""
+    straight, fitted = trained(data, tmp_path / "straight")
+    for moment in moments:
+        with pytest.raises(Killed):
+            trained(data, tmp_path / "broken", die_at=moment, monkeypatch=monkeypatch, save_seconds=0)
+    again, resumed = trained(data, tmp_path / "broken")
+    assert weights_equal(straight, again)
+    assert log_of(tmp_path / "straight") == log_of(tmp_path / "broken")
+    assert replace(fitted.progress, seconds=0) == replace(resumed.progress, seconds=0)
+    for selection in ("best", "last"):
+        fitted.load(straight, selection), resumed.load(again, selection)
+        assert weights_equal(straight, again)
+
+
+def test_resumed_from_the_last_evaluation_when_states_are_rare(data, tmp_path, monkeypatch):
+    straight, _ = trained(data, tmp_path / "straight")
+    with pytest.raises(Killed):
+        trained(data, tmp_path / "broken", die_at=17, monkeypatch=monkeypatch)
+    assert [p.name for p in sorted((tmp_path / "broken").glob("state-*"))] == ["state-00000010"]
+    again, _ = trained(data, tmp_path / "broken")
+    assert weights_equal(straight, again) and log_of(tmp_path / "straight") == log_of(tmp_path / "broken")
+
+
+def test_the_seed_decides_and_nothing_else(data, tmp_path):
+    one, two, other = (trained(data, tmp_path / name, seed=seed)[0] for name, seed in (("a", 5), ("b", 5), ("c", 6)))
+    assert weights_equal(one, two) and not weights_equal(one, other)
+
+
+def test_mixing_shares_and_epochs():
+    sizes, recipe = {"a": 100, "b": 300, "c": 1600}, replace(RECIPE, max_steps=6000, batch_size=7)
+    for mixing, shares in ((Mixing(kind="uniform"), (1 / 3, 1 / 3, 1 / 3)), (Mixing(kind="proportional"), (0.05, 0.15, 0.8)), (Mixing(kind="capped", cap=300), (1 / 7, 3 / 7, 3 / 7)),
+                           (Mixing(kind="temperature", temperature=2), tuple(np.sqrt([1, 3, 16]) / np.sqrt([1, 3, 16]).sum()))):
+        sampler = Sampler(sizes, recipe, mixing, seed=1)
+        drawn = np.bincount(sampler.task_of_step, minlength=3) / 6000
+        assert np.abs(drawn - shares).max() < 4 * np.sqrt(0.25 / 6000), "within four standard errors"
+    seen = {name: [] for name in sizes}
+    for step in range(900):
+        task, examples = sampler.examples(step)
+        seen[task].extend(examples.tolist())
+    for name, numbers in seen.items():
+        whole = len(numbers) // sizes[name] * sizes[name]
+        assert all(sorted(numbers[k:k + sizes[name]]) == list(range(sizes[name])) for k in range(0, whole, sizes[name])), "every epoch holds every example once"
+
+
+def test_frozen_embeddings_stay_and_the_rest_moves(data, tmp_path):
+    before = model_of().state_dict()
+    after = trained(data, tmp_path, replace(RECIPE, freeze_embeddings=True, max_steps=5, weight_decay=0.1))[0].state_dict()
+    tables = [k for k in before if "embeddings" in k and "LayerNorm" not in k]
+    assert len(tables) == 3 and all(torch.equal(before[k], after[k]) for k in tables)
+    assert not any(torch.equal(before[k], after[k]) for k in before if k.endswith("query.weight"))
+
+
+def test_best_and_last_are_the_weights_of_their_steps(data, tmp_path):
+    model, fitted = trained(data, tmp_path, scores=iter([10.0, 30.0, 20.0]))
+    assert (fitted.progress.best_step, fitted.progress.best_dev, fitted.facts["last_dev"]) == (20, 30.0, 20.0) and [d["step"] for d in fitted.progress.dev] == [10, 20, 30]
+    last = {k: v.clone() for k, v in model.state_dict().items()}
+    fitted.load(model, "best")
+    assert not torch.equal(last["heads.toy_tags.out.weight"], model.state_dict()["heads.toy_tags.out.weight"])
+    fitted.load(model, "last")
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in last.items())
+    assert not list(tmp_path.glob("best-00000010*")), "only the best weights are kept"
+
+
+def test_masked_text_does_not_decide_beside_supervised_tasks(data, tmp_path):
+    _, fitted = trained(data, tmp_path)
+    entry = fitted.progress.dev[0]
+    assert entry["mean"] == pytest.approx(np.mean([v for n, v in entry["tasks"].items() if n != "toy_text"]))
+
+
+def test_a_loss_that_is_not_finite_is_one_sentence(data, tmp_path):
+    with pytest.raises(XtransferError, match="not finite at step .* learning rate"):
+        trained(data, tmp_path, replace(RECIPE, learning_rate=1e30, max_grad_norm=1e30))
+
+
+@pytest.mark.parametrize("damage", ("short", "gone", "progress", "foreign"))
+def test_a_damaged_state_is_one_sentence(damage, data, tmp_path, monkeypatch):
+    with pytest.raises(Killed):
+        trained(data, tmp_path, die_at=3, monkeypatch=monkeypatch, save_seconds=0)
+    state = next(tmp_path.glob("state-*"))
+    tensors, progress = state / "tensors.safetensors", state / "progress.json"
+    match damage:
+        case "short":
+            tensors.write_bytes(tensors.read_bytes()[:1000])
+        case "gone":
+            tensors.unlink()
+        case "progress":
+            progress.write_text("{")
+        case "foreign":
+            data = {n: data[n] for n in FIVE}
+            monkeypatch.setitem(TASKS._entries, "toy_pair", replace(TASKS["toy_pair"], labels=("yes", "no", "perhaps")))
+    with pytest.raises(XtransferError, match="delete that folder") as error:
+        trained(data, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_keeps_the_last_state(data, tmp_path, monkeypatch):
+    with pytest.raises(Killed):
+        trained(data, tmp_path, die_at=3, monkeypatch=monkeypatch, save_seconds=0)
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patched:
+        patched.setattr(xtransfer.training, "save_file", full)
+        with pytest.raises(XtransferError, match="No space left"):
+            trained(data, tmp_path, save_seconds=0)
+    straight, again = trained(data, tmp_path / "other")[0], trained(data, tmp_path)[0]
+    assert weights_equal(straight, again)

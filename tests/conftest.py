@@ -23,6 +23,7 @@ def one_thread():
 @pytest.fixture
 def toys():
     """The toy declarations, registered for one test."""
+    import xtransfer.catalogue  # noqa: F401  what it registers stays
     from xtransfer.backbones import BACKBONES
     from xtransfer.studies import STUDIES, load_declarations
     from xtransfer.tasks import TASKS

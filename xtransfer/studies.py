@@ -136,7 +136,7 @@ class Run:
         """The kind of notebook that executes this run; the first stage of random weights counts as pretraining."""
         return self.stage.template if len(self.stages) == 1 or self.stage.template != "pretrain" else "intermediate"
 
-# %% ../nbs/09_studies.ipynb #a7dc0041
+# %% ../nbs/09_studies.ipynb #3e50e204
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run's place in a study."""
@@ -181,7 +181,7 @@ class Study:
         """The same study on fewer examples: other digests, other paths, and every record says so."""
         def limited(run: Run) -> Run:
             return replace(run, stages=tuple(replace(s, train_limit=train or s.train_limit, score_limit=score or s.score_limit) for s in run.stages))
-        if min(train or 1, score or 1) < 1:
+        if min(limit for limit in (train, score, 1) if limit is not None) < 1:
             raise XtransferError("limits are numbers of examples, 1 or more.")
         return replace(self, cells=tuple(replace(cell, run=limited(cell.run)) for cell in self.cells))
 

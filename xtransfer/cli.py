@@ -105,7 +105,7 @@ def _with_settings(study: Any, settings: Sequence[str]) -> Any:
         return replace(run, stages=tuple(replace(s, recipe=replace(s.recipe, **changes)) if s.train else s for s in run.stages))
     return replace(study, cells=tuple(replace(cell, run=changed(cell.run)) for cell in study.cells))
 
-# %% ../nbs/22_cli.ipynb #fc80847d
+# %% ../nbs/22_cli.ipynb #6a0d2ff8
 def plan_command(arguments: argparse.Namespace) -> int:
     """Print a study's runs and their states."""
     from xtransfer.runs import estimate_seconds, format_duration, remaining, run_status, worker_count
@@ -125,6 +125,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     """Execute what is missing, then report."""
     from xtransfer.runs import check_writable, estimate_seconds, format_duration, remaining, run_study, worker_count
 
+    for name in ("workers", "threads"):
+        if (number := getattr(arguments, name)) is not None and number < 1:
+            raise XtransferError(f"--{name} is {number}; it takes a number from 1.")
     study = _chosen_study(arguments)
     check_writable(arguments.outputs)
     left = remaining(study, arguments.outputs, arguments.keep_checkpoints)
@@ -144,6 +147,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 1
     return report_command(arguments)
 
+# %% ../nbs/22_cli.ipynb #552c9f84
 def status_command(arguments: argparse.Namespace) -> int:
     """Count runs by state."""
     from xtransfer.runs import run_status, work_folder
@@ -186,6 +190,7 @@ def show_command(arguments: argparse.Namespace) -> int:
         print(f"{s['task']:<20}{s['language']:<6}{s['split']:<6}{s['selection']:<6}{s['metric']:<22}{s['value']:7.2f}  n={s['n']}")
     return 0
 
+# %% ../nbs/22_cli.ipynb #c3fff973
 def ls_command(arguments: argparse.Namespace) -> int:
     """List declarations."""
     import xtransfer.catalogue  # noqa: F401  fills the registries

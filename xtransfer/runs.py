@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['TYPES', 'template_path', 'check_parameters', 'run_parameters', 'Busy', 'work_folder', 'run_status', 'has_checkpoint',
            'execute', 'Work', 'remaining', 'estimate_seconds', 'gpu_count', 'gpu_of_worker', 'worker_count',
-           'check_writable', 'Outcome', 'run_study', 'format_duration']
+           'check_writable', 'Outcome', 'format_duration', 'run_study']
 
-# %% ../nbs/21_runs.ipynb #d1d12b33
+# %% ../nbs/21_runs.ipynb #e1ec2e52
 import datetime
 import os
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -75,7 +76,7 @@ def run_parameters(
             "recipe": plain(stage.recipe), "mixing": plain(stage.mixing), "seed": stage.seed, "train_limit": stage.train_limit or 0, "score_limit": stage.score_limit or 0,
             "threads": threads, "keep_checkpoint": keep_checkpoint, "declarations": list(declarations)}
 
-# %% ../nbs/21_runs.ipynb #bc63a2d7
+# %% ../nbs/21_runs.ipynb #bec90b79
 class Busy(XtransferError):
     """Another process is executing the run."""
 
@@ -101,13 +102,13 @@ def run_status(
         return "running"
 
 @contextmanager
-def _held(run: Run, outputs: str | Path) -> Iterator[None]:
-    """Hold the lock of a run; the operating system releases it when the process dies."""
+def _held(run: Run, outputs: str | Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a run; the operating system releases it when the process dies. Looking at a run's state holds it for a moment, which `patience` (seconds) outlasts."""
     path = Path(outputs) / ".locks" / f"{run.digest}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise Busy(f"run {run.id} is being executed by another process; wait until it has ended, then give the same command again.") from None
     except OSError as error:
@@ -159,7 +160,9 @@ def _strip_paths(notebook: Path) -> None:
         content.metadata.get("papermill", {}).pop(key, None)
     nbformat.write(content, notebook)
 
-# %% ../nbs/21_runs.ipynb #da0a3fee
+# %% ../nbs/21_runs.ipynb #8efce771
+_stopping = threading.Event()  # set while the user's interrupt ends the notebooks
+
 def _run_notebook(run: Run, work: Path, parameters: Mapping[str, Any], extra: Mapping[str, str]) -> None:
     """Execute the template in the work folder.
 
@@ -200,7 +203,7 @@ def execute(
     Raises: XtransferError when the run fails, when its parent is not finished, or (Busy) when another process holds it.
     """
     final, work = run_folder(outputs, run), work_folder(outputs, run)
-    with _held(run, outputs):
+    with _held(run, outputs, patience=1.0):
         if (work / RECORD_NAME).exists():  # killed between finishing and publishing
             _publish(work, final)
         if (final / RECORD_NAME).exists() and (has_checkpoint(run, outputs) or not keep_checkpoint):
@@ -221,7 +224,8 @@ def execute(
             write_json(work / RECORD_NAME, _record(run, work, parameters, started))
             _publish(work, final)
         except XtransferError as error:
-            _note_failure(work, str(error))
+            if not _stopping.is_set():  # an interrupted run has not failed
+                _note_failure(work, str(error))
             raise
     return read_record(final)
 
@@ -276,7 +280,7 @@ def estimate_seconds(
         return None, "no run has finished yet and the study names no reference"
     return sum(c + 1.0 for c in costs) / max(1, workers), basis
 
-# %% ../nbs/21_runs.ipynb #2f5f7f41
+# %% ../nbs/21_runs.ipynb #af17caf8
 def gpu_count() -> int:
     """GPUs that this machine shows, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -308,6 +312,7 @@ def check_writable(outputs: str | Path) -> None:
     except OSError as error:
         raise XtransferError(f"cannot write to the output folder {outputs}: {error.strerror or error}.") from error
 
+# %% ../nbs/21_runs.ipynb #1201cb6d
 @dataclass(kw_only=True)
 class Outcome:
     """What became of a study's runs."""
@@ -315,6 +320,14 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)  # run id -> sentence
     skipped: list[str] = field(default_factory=list)  # descendants of failed runs
 
+def _descends(run: Run, ancestor: Run) -> bool:
+    return run.backbone == ancestor.backbone and len(run.stages) > len(ancestor.stages) and run.stages[:len(ancestor.stages)] == ancestor.stages
+
+def format_duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+# %% ../nbs/21_runs.ipynb #50355557
 def run_study(
     study: Study,
     outputs: str | Path,
@@ -335,6 +348,7 @@ def run_study(
     total, unfinished = len(waiting), {w.run.digest for w in waiting}
     free, running = list(range(workers)), {}
     pool = ThreadPoolExecutor(workers)
+    _stopping.clear()
     try:
         while waiting or running:
             for item in [w for w in waiting if not w.run.parent or w.run.parent.digest not in unfinished][:len(free)]:
@@ -361,15 +375,9 @@ def run_study(
     except BaseException:
         from xtransfer.warm import kill_kernels
 
+        _stopping.set()
         kill_kernels()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return outcome
-
-def _descends(run: Run, ancestor: Run) -> bool:
-    return run.backbone == ancestor.backbone and len(run.stages) > len(ancestor.stages) and run.stages[:len(ancestor.stages)] == ancestor.stages
-
-def format_duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

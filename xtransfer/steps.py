@@ -6,13 +6,14 @@
 __all__ = ['RESULTS_NAME', 'LOG_NAME', 'PREDICTIONS_NAME', 'CHECKPOINT_NAME', 'TRAINING_NAME', 'Step', 'train', 'log_rows',
            'score', 'loss_figure', 'language_figure', 'close']
 
-# %% ../nbs/19_steps.ipynb #802223f7
+# %% ../nbs/19_steps.ipynb #b87a242d
 import io
 import json
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def log_rows(step: Step) -> list[dict[str, Any]]:
     path = next(p for p in (step.folder / TRAINING_NAME / LOG_NAME, step.folder / LOG_NAME) if p.exists())
     return [json.loads(line) for line in path.read_text().splitlines()]
 
-# %% ../nbs/19_steps.ipynb #0dd31384
+# %% ../nbs/19_steps.ipynb #ea584b97
 def _score_trained(step: Step, task: Task) -> None:
     """Score a trained task in all its languages, with both selections."""
     trained = TASKS[task.trains_on or task.name]
@@ -131,10 +132,11 @@ def _score_trained(step: Step, task: Task) -> None:
         evaluator = Evaluator(step.tokenizer, task, trained, parts, step.stage.recipe)
         step.truncated[f"{task.name}/{split}"] = evaluator.encoded.truncated
         for selection in ("best", "last"):
-            step.fitted.load(step.model, selection)
-            scores, predictions = evaluator.score(step.model, selection)
-            step.scores += scores
-            step.predictions += predictions
+            if selection == "best" or step.fitted.progress.best_step != step.fitted.steps:
+                step.fitted.load(step.model, selection)
+                scores, predictions = evaluator.score(step.model, selection)
+            step.scores += [replace(s, selection=selection) for s in scores]  # where the last weights are the best ones, one pass serves both
+            step.predictions += [p | {"selection": selection} for p in predictions]
 
 def _score_untrained(step: Step, task: Task) -> None:
     """Score a retrieval or mining task on the encoder's sentence vectors."""
@@ -161,7 +163,7 @@ def score(step: Step) -> pd.DataFrame:  # languages x (selection, metric)
     table = pd.DataFrame([plain(s) for s in step.scores])
     return table.pivot_table(index="language", columns=["task", "split", "selection", "metric"], values="value", sort=False).round(1)
 
-# %% ../nbs/19_steps.ipynb #465725e9
+# %% ../nbs/19_steps.ipynb #245a7852
 def _picture(figure: Figure) -> Image:
     """A figure as a PNG that any notebook shows."""
     buffer = io.BytesIO()
@@ -174,8 +176,8 @@ def loss_figure(step: Step) -> Image:
 
 def language_figure(step: Step, task: str) -> Image:
     """The scores of a task per language, by distance to English."""
-    wanted = TASKS[task].headline[-1]
-    chosen = [s for s in step.scores if s.task == task and s.split == step.stage.score_splits[-1] and s.selection in ("best", "none") and s.metric in (wanted, f"{wanted}_centred")]
+    wanted = [key + suffix for key in TASKS[task].headline for suffix in ("", "_centred")]
+    chosen = [s for s in step.scores if s.task == task and s.split == step.stage.score_splits[-1] and s.selection in ("best", "none") and s.metric in wanted]
     return _picture(plot_languages(pd.DataFrame([plain(s) for s in chosen])))
 
 # %% ../nbs/19_steps.ipynb #5653a2f8

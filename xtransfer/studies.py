@@ -206,7 +206,7 @@ class StudyDeclaration:
 
 STUDIES: Registry[StudyDeclaration] = Registry("study")
 
-# %% ../nbs/09_studies.ipynb #51f1c602
+# %% ../nbs/09_studies.ipynb #1d1ac953
 def intermediate_cells(
     backbone: str,
     arms: Mapping[str, tuple[Stage, ...]],  # arm -> the stages between the start and the target, for seed 0; () is the baseline
@@ -215,6 +215,7 @@ def intermediate_cells(
     seeds: Sequence[int],
     pretraining: Stage | None = None,  # the first stage when the backbone starts from random weights
     retrieval_recipe: Recipe | None = None,  # its max_length is used; required with `untrained`
+    score_splits: Mapping[str, tuple[str, ...]] | None = None,  # targets that are scored on other splits than "test"
 ) -> tuple[Cell, ...]:
     """Every combination of arm, target and seed as a run.
 
@@ -226,7 +227,7 @@ def intermediate_cells(
         for target, recipe in targets.items():
             if TASKS[target].trains_on is None:
                 raise XtransferError(f"target {target} declares no training task; list it as untrained.")
-            last = Stage(train=(TASKS[target].trains_on,), score=(target,), recipe=recipe, seed=seed)
+            last = Stage(train=(TASKS[target].trains_on,), score=(target,), recipe=recipe, seed=seed, score_splits=(score_splits or {}).get(target, ("test",)))
             cells.append(Cell(arm=arm, target=target, seed=seed, run=Run(backbone=backbone, stages=(*before, last))))
         for target in untrained:
             if TASKS[target].format not in UNTRAINED_FORMATS:

@@ -7,10 +7,11 @@ __all__ = ['Format', 'FORMATS', 'COLUMNS', 'SPLITS', 'UNTRAINED_FORMATS', 'Row',
            'tagging', 'squad_columns', 'choices_nested', 'sentence_pair', 'plain_text', 'mining_side',
            'nearest_occurrence', 'Examples', 'load_examples', 'hub_rows', 'resolved_revision']
 
-# %% ../nbs/03_tasks.ipynb #fab1bfb9
+# %% ../nbs/03_tasks.ipynb #efbe817f
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from .core import Registry, XtransferError, digest, nearest
@@ -222,7 +223,7 @@ def load_examples(
     return Examples(task=task.name, language=language, split=split, rows=rows, available=len(raw), expected=expected,
                     repaired=repaired, dropped=dropped, note=task.source.note)
 
-# %% ../nbs/03_tasks.ipynb #4391254b
+# %% ../nbs/03_tasks.ipynb #589846d0
 def hub_rows(
     repo: str,  # data set id on the hub, or a local folder
     config: str | None,  # configuration name; None for the default one
@@ -256,6 +257,7 @@ def _with_label_names(data: Any) -> Sequence[Row]:
             columns[name] = [[inner.names[v] for v in values] for values in columns[name]]
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
+@lru_cache(maxsize=None)
 def resolved_revision(
     source: Source,
 ) -> str:  # the commit behind source.revision, or the revision itself where no hub answers

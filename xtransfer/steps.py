@@ -6,7 +6,7 @@
 __all__ = ['RESULTS_NAME', 'LOG_NAME', 'PREDICTIONS_NAME', 'CHECKPOINT_NAME', 'TRAINING_NAME', 'Step', 'train', 'log_rows',
            'score', 'loss_figure', 'language_figure', 'close']
 
-# %% ../nbs/19_steps.ipynb #b87a242d
+# %% ../nbs/19_steps.ipynb #d053bae0
 import io
 import json
 import resource
@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import transformers
@@ -121,7 +122,7 @@ def log_rows(step: Step) -> list[dict[str, Any]]:
     path = next(p for p in (step.folder / TRAINING_NAME / LOG_NAME, step.folder / LOG_NAME) if p.exists())
     return [json.loads(line) for line in path.read_text().splitlines()]
 
-# %% ../nbs/19_steps.ipynb #ea584b97
+# %% ../nbs/19_steps.ipynb #c6bc1eaf
 def _score_trained(step: Step, task: Task) -> None:
     """Score a trained task in all its languages, with both selections."""
     trained = TASKS[task.trains_on or task.name]
@@ -139,19 +140,20 @@ def _score_trained(step: Step, task: Task) -> None:
             step.predictions += [p | {"selection": selection} for p in predictions]
 
 def _score_untrained(step: Step, task: Task) -> None:
-    """Score a retrieval or mining task on the encoder's sentence vectors."""
-    def vectors(sentences: Sequence[str]) -> Any:
-        return sentence_vectors(step.model, step.tokenizer, sentences, step.backbone.retrieval_layer, step.stage.recipe.max_length)
-
+    """Score a retrieval or mining task on the encoder's sentence vectors; all languages' sentences are encoded in one stream, each distinct one once."""
     for split in step.stage.score_splits:
         parts = [step.examples(task, language, split, step.stage.score_limit) for language in task.languages]
-        if task.format == "bitext_mining":
-            dev = parts if split == "dev" else [step.examples(task, language, "dev", step.stage.score_limit) for language in task.languages]
-            found = score_mining(task, list(zip(dev, parts)), vectors)
-        else:
-            found = score_retrieval(task, parts, vectors)
-        step.scores += found[0]
-        step.predictions += found[1]
+        mining = task.format == "bitext_mining"
+        dev = parts if split == "dev" or not mining else [step.examples(task, language, "dev", step.stage.score_limit) for language in task.languages]
+        columns = ("text",) if mining else ("query", "document")
+        sentences = list(dict.fromkeys(row[column] for part in (*parts, *dev) for row in part.rows for column in columns))
+        matrix = sentence_vectors(step.model, step.tokenizer, sentences, step.backbone.retrieval_layer, step.stage.recipe.max_length)
+        place = {sentence: i for i, sentence in enumerate(sentences)}
+        def vectors(wanted: Sequence[str], matrix: np.ndarray = matrix, place: Mapping[str, int] = place) -> np.ndarray:
+            return matrix[[place[sentence] for sentence in wanted]]
+        scores, predictions = score_mining(task, list(zip(dev, parts)), vectors) if mining else score_retrieval(task, parts, vectors)
+        step.scores += scores
+        step.predictions += predictions
 
 def score(step: Step) -> pd.DataFrame:  # languages x (selection, metric)
     """Score every task that the stage scores, in all its languages."""

@@ -18,8 +18,8 @@ from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
-# %% ../nbs/20_warm.ipynb #7a468c9e
-PRELOAD = ("xtransfer.steps", "ipykernel.kernelapp", "IPython.core.interactiveshell", "matplotlib.backends.backend_agg", "pyarrow.parquet")
+# %% ../nbs/20_warm.ipynb #89540073
+PRELOAD = ("xtransfer.steps", "xtransfer.warm", "ipykernel.kernelapp", "IPython.core.interactiveshell", "matplotlib.backends.backend_agg", "pyarrow.parquet")
 KERNEL_LOG = "kernel.log"
 
 def _end_with_parent() -> None:

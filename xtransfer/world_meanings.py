@@ -16,25 +16,25 @@ from typing import Literal, NamedTuple
 from .world import (
     ANTONYM, CLASS_OF, COLOURS, CONVERSE, NOUNS, SYNONYM, VERBS, Clause, Entity, Word, NAME_FIRST, NAME_SECOND, say, text_of)
 
-# %% ../nbs/04a_world_meanings.ipynb #ff845df9
+# %% ../nbs/04a_world_meanings.ipynb #05ce5f55
 @dataclass(frozen=True, kw_only=True)
 class Difficulty:
     """Probabilities, all 0..1, that shape sentences and examples."""
 
-    passive: float = 0.2  # a sentence is said in the passive
-    fronted: float = 0.2  # time or place is said first
-    converse: float = 0.35  # giving is told as receiving, and so on
-    synonym: float = 0.4  # a verb is replaced by its synonym
+    passive: float = 0.1  # a sentence is said in the passive
+    fronted: float = 0.1  # time or place is said first
+    converse: float = 0.15  # giving is told as receiving, and so on
+    synonym: float = 0.2  # a verb is replaced by its synonym
     negated: float = 0.35  # a proposition is negated
-    adjective: float = 0.3  # a common noun has an adjective
+    adjective: float = 0.25  # a common noun has an adjective
     plural: float = 0.15  # a thing is counted
     named: float = 0.25  # a person, company or place has a name
-    hypernym: float = 0.12  # a class stands for its member
-    place: float = 0.35
-    time: float = 0.3
+    hypernym: float = 0.05  # a class stands for its member
+    place: float = 0.25
+    time: float = 0.25
     tool: float = 0.3  # verbs that handle things
-    role_swap: float = 0.5  # a near miss exchanges two participants instead of replacing something
-    distractor: float = 0.6  # a context holds a near miss of what is asked about
+    role_swap: float = 0.35  # a near miss exchanges two participants instead of replacing something
+    distractor: float = 0.4  # a context holds a near miss of what is asked about
 
 DIFFICULTY = Difficulty()
 

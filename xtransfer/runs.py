@@ -327,7 +327,7 @@ def format_duration(seconds: float) -> str:
     """Seconds as people say them."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
-# %% ../nbs/21_runs.ipynb #50355557
+# %% ../nbs/21_runs.ipynb #4f91b250
 def run_study(
     study: Study,
     outputs: str | Path,
@@ -344,7 +344,10 @@ def run_study(
     cores = os.cpu_count() or 1
     workers = workers or worker_count()
     threads = threads or max(1, cores // workers)
-    waiting, outcome, begun = remaining(study, outputs, keep_checkpoints), Outcome(), time.monotonic()
+    waiting, outcome, spent = remaining(study, outputs, keep_checkpoints), Outcome(), {}
+    def expected(template: str) -> float:  # seconds of a run: what such runs took here, else the study's reference, else what any run took
+        took = spent.get(template) or [study.reference_seconds.get(template) or statistics.fmean(s for group in spent.values() for s in group)]
+        return statistics.fmean(took)
     total, unfinished = len(waiting), {w.run.digest for w in waiting}
     free, running = list(range(workers)), {}
     pool = ThreadPoolExecutor(workers)
@@ -370,7 +373,8 @@ def run_study(
                 else:
                     raise error
                 ended = len(outcome.done) + len(outcome.failed) + len(outcome.skipped)
-                left = (time.monotonic() - begun) / max(1, len(outcome.done)) * (total - ended)
+                spent.setdefault(item.run.template, []).append(time.monotonic() - since)
+                left = sum(expected(w.run.template) for w in waiting + [r[0] for r in running.values()]) / workers
                 report(f"[{ended:>{len(str(total))}}/{total}] {time.monotonic() - since:6.1f} s  {'failed  ' if error else ''}{item.run.id}" + (f"  (about {format_duration(left)} left)" if total > ended else ""))
     except BaseException:
         from xtransfer.warm import kill_kernels

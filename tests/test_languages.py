@@ -7,13 +7,15 @@ import pytest
 from xtransfer.core import XtransferError
 from xtransfer.languages import DISTANCE_KINDS, LANGUAGE_SETS, LANGUAGES, TATOEBA_CONFIGS, UDPOS_CONFIGS, Language, distance_to_english
 
+REAL = {code: language for code, language in LANGUAGES.items() if not "qaa" <= code <= "qtz"}  # other tests may have registered the world's, in the private-use range
+
 
 def test_sizes_of_the_benchmarks():
     sizes = {"pawsx": 7, "xnli": 15, "panx": 40, "udpos": 33, "bucc2018": 4, "tatoeba": 36, "xquad": 11, "mlqa": 7, "tydiqa": 9}
     assert {task: len(LANGUAGE_SETS[task]) for task in sizes} == sizes
     revised = {"xnli": 15, "xcopa": 11, "udpos": 38, "panx": 48, "xquad": 12, "mlqa": 7, "tydiqa": 9, "tatoeba": 41, "mewslix": 11, "lareqa": 11}
     assert {task: len(LANGUAGE_SETS[f"xtreme_r/{task}"]) for task in revised} == revised
-    assert set(LANGUAGE_SETS["xtreme_r"]) == set(LANGUAGES) and len(LANGUAGE_SETS["xtreme"]) == 40
+    assert set(LANGUAGE_SETS["xtreme_r"]) == set(REAL) and len(LANGUAGE_SETS["xtreme"]) == 40
 
 
 def test_revised_lists_only_add_languages():
@@ -23,7 +25,7 @@ def test_revised_lists_only_add_languages():
     assert set(LANGUAGE_SETS["xtreme_r/xquad"]) - set(LANGUAGE_SETS["xquad"]) == {"ro"}
 
 
-@pytest.mark.parametrize("code", list(LANGUAGES))
+@pytest.mark.parametrize("code", list(REAL))
 def test_every_language_is_complete(code):
     language = LANGUAGES[code]
     assert language.code == code and len(language.iso3) == 3 and len(language.script) == 4 and language.name[0].isupper()
@@ -35,12 +37,12 @@ def test_every_language_is_complete(code):
 
 def test_names_are_distinct():
     for attribute in ("name", "iso3"):
-        assert len({getattr(language, attribute) for language in LANGUAGES.values()}) == 50
+        assert len({getattr(language, attribute) for language in REAL.values()}) == 50
 
 
 def test_pretraining_coverage():
-    assert [c for c in LANGUAGES if "mt5" not in LANGUAGES[c].seen_by] == ["qu", "wo"]
-    assert sum("bloom" in language.seen_by for language in LANGUAGES.values()) == 21
+    assert [c for c in REAL if "mt5" not in LANGUAGES[c].seen_by] == ["qu", "wo"]
+    assert sum("bloom" in language.seen_by for language in REAL.values()) == 21
 
 
 def test_hub_names():

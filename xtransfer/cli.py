@@ -16,7 +16,7 @@ from typing import Any
 
 from .core import XtransferError, nearest
 
-# %% ../nbs/22_cli.ipynb #fa6ef85c
+# %% ../nbs/22_cli.ipynb #6353a310
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence."""
 
@@ -30,6 +30,7 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--outputs", default="outputs", metavar="DIR", help="folder of the records (default: outputs)")
     parser.add_argument("--train-limit", type=int, metavar="N", help="use at most N training examples per task and language; such runs get paths of their own and say so")
     parser.add_argument("--score-limit", type=int, metavar="N", help="score at most N examples per task and language")
+    parser.add_argument("--languages", metavar="CODES", help="score only these languages, for example en,de,sw")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a number of every trained stage's recipe, for example --set learning_rate=2e-5; such runs get paths of their own")
     parser.add_argument("--declare", action="append", default=[], metavar="FILE.py", help="a Python file that declares tasks, backbones or studies of your own; may be repeated")
 
@@ -67,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--declare", action="append", default=[], metavar="FILE.py", help="a Python file with declarations of your own")
     return parser
 
-# %% ../nbs/22_cli.ipynb #0e6ccb5f
+# %% ../nbs/22_cli.ipynb #69bf74dd
 def _chosen_study(arguments: argparse.Namespace) -> Any:
     """The study that the arguments name, with limits and changed recipe numbers."""
     import xtransfer.catalogue  # noqa: F401  fills the registries
@@ -79,7 +80,8 @@ def _chosen_study(arguments: argparse.Namespace) -> Any:
     study = STUDIES[arguments.study].build(arguments.profile)
     if arguments.set:
         study = _with_settings(study, arguments.set)
-    return study.with_limits(arguments.train_limit, arguments.score_limit)
+    languages = tuple(code.strip() for code in arguments.languages.split(",")) if arguments.languages else ()
+    return study.with_limits(arguments.train_limit, arguments.score_limit, languages)
 
 def _with_settings(study: Any, settings: Sequence[str]) -> Any:
     """The study with some numbers of its recipes changed."""

@@ -104,7 +104,7 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", "packages": versions, "cpus": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1), "git_commit": _git_commit()}
 
-# %% ../nbs/10_records.ipynb #a145ced0
+# %% ../nbs/10_records.ipynb #bab499d5
 def run_folder(outputs: str | Path, run: Run) -> Path:
     """Where a run's record is or will be."""
     return Path(outputs) / run.id
@@ -143,11 +143,11 @@ def load_records(
             continue
         record = records[cell.run.id]
         capped = {(d["task"], d["language"], d["split"]) for d in record.data if d["capped"]}
-        trained_on_part = any(d["capped"] for d in record.data if d["split"] == "train")
+        partly = bool(cell.run.stage.languages) or any(d["capped"] for d in record.data if d["split"] == "train")
         for score in record.scores:
             if score.task == cell.target:
                 rows.append({"study": study.name, "profile": study.profile, "backbone": cell.run.backbone, "arm": cell.arm, "target": cell.target, "seed": cell.seed, "run": record.run,
-                             **plain(score), "capped": trained_on_part or (score.task, score.language, score.split) in capped})
+                             **plain(score), "capped": partly or (score.task, score.language, score.split) in capped})
     if not rows:
         raise XtransferError(f"no record of study {study.name}, profile {study.profile}, in {outputs}: {len(missing)} runs are missing; run `xtransfer run {study.name} --profile {study.profile}` first.")
     return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -28,7 +28,7 @@ from .core import XtransferError, nearest, package_folder, plain, read_json, wri
 from .records import NOTEBOOK_NAME, RECORD_NAME, Record, Score, environment, read_record, run_folder
 from .studies import TEMPLATES, Run, Study
 
-# %% ../nbs/21_runs.ipynb #885f9a85
+# %% ../nbs/21_runs.ipynb #b6d1a8d1
 def template_path(
     name: str,  # "pretrain", "intermediate", "target" or "retrieval"
 ) -> Path:
@@ -72,7 +72,7 @@ def run_parameters(
     """The parameters with which a template executes a run."""
     stage = run.stage
     parent = os.path.relpath(Path(run.parent.id) / "checkpoint", run.id) if run.parent else ""
-    return {"backbone": run.backbone, "parent": parent, "train": list(stage.train), "score": list(stage.score), "score_splits": list(stage.score_splits),
+    return {"backbone": run.backbone, "parent": parent, "train": list(stage.train), "score": list(stage.score), "score_splits": list(stage.score_splits), "languages": list(stage.languages),
             "recipe": plain(stage.recipe), "mixing": plain(stage.mixing), "seed": stage.seed, "train_limit": stage.train_limit or 0, "score_limit": stage.score_limit or 0,
             "threads": threads, "keep_checkpoint": keep_checkpoint, "declarations": list(declarations)}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESULTS_NAME', 'LOG_NAME', 'PREDICTIONS_NAME', 'CHECKPOINT_NAME', 'TRAINING_NAME', 'Step', 'train', 'log_rows',
-           'score', 'loss_figure', 'language_figure', 'close']
+           'scored_languages', 'score', 'loss_figure', 'language_figure', 'close']
 
 # %% ../nbs/19_steps.ipynb #d053bae0
 import io
@@ -37,14 +37,14 @@ from .studies import Mixing, Recipe, Stage, load_declarations
 from .tasks import TASKS, UNTRAINED_FORMATS, Examples, Task, load_examples, resolved_revision
 from .training import Fitted, fit
 
-# %% ../nbs/19_steps.ipynb #2828a91f
+# %% ../nbs/19_steps.ipynb #e490d7f1
 RESULTS_NAME, LOG_NAME, PREDICTIONS_NAME, CHECKPOINT_NAME, TRAINING_NAME = "results.json", "log.jsonl", "predictions.parquet", "checkpoint", "training"
 
 def _stage(parameters: Mapping[str, Any]) -> Stage:
     """The stage that a template's parameters describe."""
     recipe = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters["recipe"].items()}
     return Stage(train=tuple(parameters["train"]), score=tuple(parameters["score"]), recipe=Recipe(**recipe), mixing=Mixing(**parameters["mixing"]), seed=parameters["seed"],
-                 score_splits=tuple(parameters["score_splits"]), train_limit=parameters["train_limit"] or None, score_limit=parameters["score_limit"] or None)
+                 score_splits=tuple(parameters["score_splits"]), languages=tuple(parameters["languages"]), train_limit=parameters["train_limit"] or None, score_limit=parameters["score_limit"] or None)
 
 class Step:
     """One stage being executed in a folder."""
@@ -122,14 +122,24 @@ def log_rows(step: Step) -> list[dict[str, Any]]:
     path = next(p for p in (step.folder / TRAINING_NAME / LOG_NAME, step.folder / LOG_NAME) if p.exists())
     return [json.loads(line) for line in path.read_text().splitlines()]
 
-# %% ../nbs/19_steps.ipynb #c6bc1eaf
+# %% ../nbs/19_steps.ipynb #5b530b21
+def scored_languages(stage: Stage, task: Task) -> tuple[str, ...]:
+    """The languages of a task that a stage scores.
+
+    Raises: XtransferError when the stage's languages and the task's have none in common.
+    """
+    found = tuple(code for code in task.languages if code in (stage.languages or task.languages))
+    if not found:
+        raise XtransferError(f"task {task.name} has none of the languages {', '.join(stage.languages)}; it has: {', '.join(task.languages)}.")
+    return found
+
 def _score_trained(step: Step, task: Task) -> None:
     """Score a trained task in all its languages, with both selections."""
     trained = TASKS[task.trains_on or task.name]
     if trained.name not in step.model.heads:
         raise XtransferError(f"task {task.name} needs the head of {trained.name}, but this stage trains {', '.join(step.stage.train) or 'nothing'}.")
     for split in step.stage.score_splits:
-        parts = [step.examples(task, language, split, step.stage.score_limit) for language in task.languages]
+        parts = [step.examples(task, language, split, step.stage.score_limit) for language in scored_languages(step.stage, task)]
         evaluator = Evaluator(step.tokenizer, task, trained, parts, step.stage.recipe)
         step.truncated[f"{task.name}/{split}"] = evaluator.encoded.truncated
         for selection in ("best", "last"):
@@ -142,9 +152,9 @@ def _score_trained(step: Step, task: Task) -> None:
 def _score_untrained(step: Step, task: Task) -> None:
     """Score a retrieval or mining task on the encoder's sentence vectors; all languages' sentences are encoded in one stream, each distinct one once."""
     for split in step.stage.score_splits:
-        parts = [step.examples(task, language, split, step.stage.score_limit) for language in task.languages]
+        parts = [step.examples(task, language, split, step.stage.score_limit) for language in scored_languages(step.stage, task)]
         mining = task.format == "bitext_mining"
-        dev = parts if split == "dev" or not mining else [step.examples(task, language, "dev", step.stage.score_limit) for language in task.languages]
+        dev = parts if split == "dev" or not mining else [step.examples(task, language, "dev", step.stage.score_limit) for language in scored_languages(step.stage, task)]
         columns = ("text",) if mining else ("query", "document")
         sentences = list(dict.fromkeys(row[column] for part in (*parts, *dev) for row in part.rows for column in columns))
         matrix = sentence_vectors(step.model, step.tokenizer, sentences, step.backbone.retrieval_layer, step.stage.recipe.max_length)

@@ -63,7 +63,7 @@ class Mixing:
         drawn = [weights[self.kind](n) for n in sizes]
         return [w / sum(drawn) for w in drawn]
 
-# %% ../nbs/09_studies.ipynb #bb22a201
+# %% ../nbs/09_studies.ipynb #a4f6ab6b
 ALGORITHM_VERSION = 1
 Template = Literal["pretrain", "intermediate", "target", "retrieval"]
 TEMPLATES: tuple[str, ...] = ("pretrain", "intermediate", "target", "retrieval")
@@ -77,6 +77,7 @@ class Stage:
     seed: int
     mixing: Mixing = Mixing()
     score_splits: tuple[str, ...] = ("test",)  # splits that are scored
+    languages: tuple[str, ...] = ()  # the only languages that are scored; (): all of the task
     train_limit: int | None = None  # training examples per task and language
     score_limit: int | None = None  # evaluation examples per task and language
 
@@ -94,7 +95,7 @@ class Stage:
         """The resolved values of this stage, for the digest."""
         recipe = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe) if f.name not in ("name", "source")}
         return {"train": [TASKS[t].identity for t in self.train], "score": [TASKS[t].identity for t in self.score], "recipe": recipe,
-                "mixing": self.mixing, "seed": self.seed, "score_splits": self.score_splits, "train_limit": self.train_limit, "score_limit": self.score_limit}
+                "mixing": self.mixing, "seed": self.seed, "score_splits": self.score_splits, "languages": self.languages, "train_limit": self.train_limit, "score_limit": self.score_limit}
 
     @property
     def slug(self) -> str:
@@ -136,7 +137,7 @@ class Run:
         """The kind of notebook that executes this run; the first stage of random weights counts as pretraining."""
         return self.stage.template if len(self.stages) == 1 or self.stage.template != "pretrain" else "intermediate"
 
-# %% ../nbs/09_studies.ipynb #3e50e204
+# %% ../nbs/09_studies.ipynb #2862eb25
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run's place in a study."""
@@ -177,12 +178,20 @@ class Study:
         self,
         train: int | None = None,  # training examples per task and language
         score: int | None = None,  # evaluation examples per task and language
+        languages: tuple[str, ...] = (),  # the only languages that are scored; (): as declared
     ) -> "Study":
-        """The same study on fewer examples: other digests, other paths, and every record says so."""
+        """The same study on less data: other digests, other paths, and every record says so.
+
+        Raises: XtransferError for a limit below 1, or a language that a target of the study lacks.
+        """
         def limited(run: Run) -> Run:
-            return replace(run, stages=tuple(replace(s, train_limit=train or s.train_limit, score_limit=score or s.score_limit) for s in run.stages))
+            return replace(run, stages=tuple(replace(s, train_limit=train or s.train_limit, score_limit=score or s.score_limit, languages=languages or s.languages) for s in run.stages))
         if min(limit for limit in (train, score, 1) if limit is not None) < 1:
             raise XtransferError("limits are numbers of examples, 1 or more.")
+        known = dict.fromkeys(code for cell in self.cells for task in cell.run.stage.score for code in TASKS[task].languages)
+        for code in languages:
+            if code not in known:
+                raise XtransferError(f"no target of study {self.name} has the language {code!r}{nearest(code, known)}; they have: {', '.join(known)}.")
         return replace(self, cells=tuple(replace(cell, run=limited(cell.run)) for cell in self.cells))
 
 # %% ../nbs/09_studies.ipynb #6bae023e
@@ -206,7 +215,7 @@ class StudyDeclaration:
 
 STUDIES: Registry[StudyDeclaration] = Registry("study")
 
-# %% ../nbs/09_studies.ipynb #1d1ac953
+# %% ../nbs/09_studies.ipynb #e062e87f
 def intermediate_cells(
     backbone: str,
     arms: Mapping[str, tuple[Stage, ...]],  # arm -> the stages between the start and the target, for seed 0; () is the baseline
@@ -215,7 +224,7 @@ def intermediate_cells(
     seeds: Sequence[int],
     pretraining: Stage | None = None,  # the first stage when the backbone starts from random weights
     retrieval_recipe: Recipe | None = None,  # its max_length is used; required with `untrained`
-    score_splits: Mapping[str, tuple[str, ...]] | None = None,  # targets that are scored on other splits than "test"
+    exceptions: Mapping[str, Mapping[str, Any]] | None = None,  # target -> fields of its Stage that differ, such as score_splits or languages
 ) -> tuple[Cell, ...]:
     """Every combination of arm, target and seed as a run.
 
@@ -227,7 +236,7 @@ def intermediate_cells(
         for target, recipe in targets.items():
             if TASKS[target].trains_on is None:
                 raise XtransferError(f"target {target} declares no training task; list it as untrained.")
-            last = Stage(train=(TASKS[target].trains_on,), score=(target,), recipe=recipe, seed=seed, score_splits=(score_splits or {}).get(target, ("test",)))
+            last = Stage(train=(TASKS[target].trains_on,), score=(target,), recipe=recipe, seed=seed, **(exceptions or {}).get(target, {}))
             cells.append(Cell(arm=arm, target=target, seed=seed, run=Run(backbone=backbone, stages=(*before, last))))
         for target in untrained:
             if TASKS[target].format not in UNTRAINED_FORMATS:

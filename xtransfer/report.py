@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Findings', 'arm_tasks', 'find', 'primary_average', 'answer', 'terminal_table', 'report_page', 'study_report']
 
-# %% ../nbs/14_report.ipynb #758acc63
+# %% ../nbs/14_report.ipynb #6746e3f4
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .page import figure_tag, interval_words, render
 from .plots import contrast_label, plot_distance, plot_gains, plot_seeds
 from .records import NOTEBOOK_NAME, Record, load_records, run_folder, study_records
 from .studies import Run, Study
-from .tasks import TASKS
+from .tasks import TASKS, UNTRAINED_FORMATS
 
 # %% ../nbs/14_report.ipynb #c2b1d163
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +164,19 @@ def terminal_table(findings: Findings) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
-# %% ../nbs/14_report.ipynb #3fc3baf4
+# %% ../nbs/14_report.ipynb #93bae7f3
 def _data_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """What was used of each task and split, over all languages."""
-    entries = {(d["task"], d["split"], d["language"], d["rows"]): d for record in records for d in record.data}
+    """What was used of each task and split, over all languages.
+
+    Development data that only chose a checkpoint are shown as such: a recipe asks for as many as it needs, and no score rests on them, so they are not counted as capped.
+    """
+    entries: dict[Any, Mapping[str, Any]] = {}
+    for record in records:
+        scored = {(score.task, score.split) for score in record.scores}
+        for d in record.data:
+            chooses = d["split"] == "dev" and (d["task"], "dev") not in scored and TASKS[d["task"]].format not in UNTRAINED_FORMATS
+            entry = dict(d) | ({"split": "dev, for selection", "capped": False} if chooses else {})
+            entries[entry["task"], entry["split"], entry["language"], entry["rows"]] = entry
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for entry in entries.values():
         groups.setdefault((entry["task"], entry["split"]), []).append(entry)
@@ -207,7 +216,7 @@ def _run_rows(study: Study, records: Mapping[str, Record], failures: Mapping[str
                      "status": record.status if record else "failed" if run.id in failures else "missing", "seconds": record.seconds.get("total") if record else None, "digest": run.digest})
     return rows
 
-# %% ../nbs/14_report.ipynb #776f79f3
+# %% ../nbs/14_report.ipynb #06c855cc
 def _tables(findings: Findings) -> dict[str, Any]:
     """The findings' tables as the templates read them."""
     gains, targets, order = findings.gains, findings.targets, {name: i for i, name in enumerate((*findings.targets, *AVERAGES))}
@@ -248,7 +257,10 @@ def _notices(findings: Findings, data: Sequence[Mapping[str, Any]], missing: int
     capped = [f"{d['task']} {d['split']} ({d['rows']} of {d['full']})" for d in data if d["capped"]]
     if capped:
         notices.append({"title": "Not the full data", "text": f"Capped: {', '.join(capped)}. Absolute scores are not comparable with results on the full data."})
-    carved = sorted({f"{d['task']} {d['split']}: {d['note']}" for d in data if d["note"]}) if len({d["note"] for d in data if d["note"]}) > 1 else []
+    fewer = [f"{d['task']} {d['split']} in {d['languages']} of {len(TASKS[d['task']].languages)}" for d in data if d["split"] in ("dev", "test") and d["languages"] < len(TASKS[d["task"]].languages)]
+    if fewer:
+        notices.append({"title": "Not all languages", "text": f"Scored: {', '.join(fewer)}. Averages are over these and are not the benchmark's."})
+    carved = sorted({f"{d['task']} {d['split']}: {d['note']}" for d in data if d["note"]}) if len({d["note"] for d in data}) > 1 else []  # a note that all data share is the study's own
     if carved:
         notices.append({"title": "Data that is not the published set", "text": "; ".join(carved) + "."})
     if len(seeds) < 2:

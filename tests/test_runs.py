@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -165,3 +167,18 @@ def test_two_processes_on_the_same_outputs(tmp_path, toy_outputs):
     if any(code for code, _, _ in ended):
         assert xtransfer(*SMOKE, "--outputs", tmp_path)[0] == 0
     assert outcome(tmp_path) == outcome(toy_outputs)
+
+
+def test_a_script_without_a_main_guard_executes_a_run(tmp_path):
+    script = tmp_path / "one_cell.py"
+    script.write_text(f"""
+print("starting")
+import xtransfer.catalogue
+from xtransfer.runs import execute
+from xtransfer.studies import STUDIES, load_declarations
+load_declarations([{str(TOYS)!r}])
+run = STUDIES["toys"].build("smoke").plan()[0]
+print(execute(run, {str(tmp_path / "records")!r}, declarations=[{str(TOYS)!r}]).status)
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.split() == ["starting", "complete"], done.stdout + done.stderr

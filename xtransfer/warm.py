@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['PRELOAD', 'KERNEL_LOG', 'ENGINE', 'kill_kernels', 'WarmProvisioner', 'FolderEngine', 'use_warm_kernels']
 
-# %% ../nbs/20_warm.ipynb #633a5b7a
+# %% ../nbs/20_warm.ipynb #7f33c5a2
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
@@ -56,7 +59,7 @@ def _become_kernel(connection_file: str, folder: str, environment: Mapping[str, 
     app.initialize(["-f", connection_file])
     app.start()
 
-# %% ../nbs/20_warm.ipynb #087f8c3c
+# %% ../nbs/20_warm.ipynb #568e9ff4
 class _ForkedProcess:
     """A process of the fork server with the part of `Popen`'s interface that the provisioner uses."""
 
@@ -89,6 +92,19 @@ def kill_kernels() -> None:
     for process in list(_running):
         process.kill()
 
+@contextmanager
+def _without_starting_script() -> Iterator[None]:
+    """Hide the script that started this process from multiprocessing, which would run it again in every child."""
+    with _starting:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
+
+_starting = threading.Lock()
+
 class WarmProvisioner(LocalProvisioner):
     """Starts kernels as forks of a warm process."""
 
@@ -98,7 +114,8 @@ class WarmProvisioner(LocalProvisioner):
         context.set_forkserver_preload(list(PRELOAD))
         connection_file = cmd[cmd.index("-f") + 1]
         process = context.Process(target=_become_kernel, args=(connection_file, kwargs.get("cwd") or os.getcwd(), dict(kwargs.get("env") or os.environ)), daemon=True)
-        process.start()
+        with _without_starting_script():
+            process.start()
         self.process = _ForkedProcess(process)
         self.pid, self.pgid = self.process.pid, None
         _running.add(self.process)

@@ -7,9 +7,9 @@ __all__ = ['GROUPED', 'HEADS', 'HEADS_NAME', 'LengthGroups', 'grouped_attention'
            'SequenceHead', 'ChoiceHead', 'TokenHead', 'SpanHead', 'MaskedLMHead', 'StageModel', 'save_checkpoint',
            'load_heads']
 
-# %% ../nbs/16_modeling.ipynb #39ce06c6
+# %% ../nbs/16_modeling.ipynb #bdda3bf4
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 

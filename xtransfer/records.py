@@ -6,13 +6,13 @@
 __all__ = ['SCHEMA_VERSION', 'RECORD_NAME', 'NOTEBOOK_NAME', 'PACKAGES', 'COLUMNS', 'Score', 'Record', 'read_record',
            'environment', 'run_folder', 'study_records', 'load_records']
 
-# %% ../nbs/10_records.ipynb #893a0152
+# %% ../nbs/10_records.ipynb #34a9b1ee
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any

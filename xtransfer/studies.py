@@ -6,7 +6,7 @@
 __all__ = ['ALGORITHM_VERSION', 'Template', 'TEMPLATES', 'PROFILES', 'STUDIES', 'Recipe', 'Mixing', 'Stage', 'Run', 'Cell',
            'Contrast', 'Study', 'StudyDeclaration', 'intermediate_cells', 'load_declarations']
 
-# %% ../nbs/09_studies.ipynb #87b7d5fb
+# %% ../nbs/09_studies.ipynb #f77eeb8c
 import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from .backbones import BACKBONES, Backbone
+from .backbones import BACKBONES
 from .core import Registry, XtransferError, digest, nearest
 from .tasks import TASKS, UNTRAINED_FORMATS
 

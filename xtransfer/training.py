@@ -6,13 +6,13 @@
 __all__ = ['Sampler', 'mask_tokens', 'learning_rate', 'make_optimizer', 'Progress', 'save_state', 'load_state', 'TrainingLog',
            'StepBar', 'Fitted', 'fit']
 
-# %% ../nbs/17_training.ipynb #233b9917
+# %% ../nbs/17_training.ipynb #71edd27a
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path

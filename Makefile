@@ -44,9 +44,10 @@ export: setup ## notebooks -> xtransfer/*.py, and notebooks without the traces o
 lab: setup ## open the notebooks
 	@$(BIN)/jupyter lab nbs
 
-docs: setup ## the notebooks as web pages in _docs/
+docs: setup ## the notebooks as web pages in _docs/, and a card for each task in _docs/tasks/
 	@$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir _docs nbs/*.ipynb
-	@echo "open _docs/index.html"
+	@$(BIN)/python -c "import xtransfer.catalogue; from xtransfer.cards import write_cards; write_cards('_docs/tasks')"
+	@echo "open _docs/index.html and _docs/tasks/index.md"
 
 clean: ## remove what can be made again; keeps .venv, runs/ and outputs/
 	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis

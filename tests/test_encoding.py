@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from xtransfer.core import XtransferError
 from xtransfer.encoding import IGNORED, _word_windows, encode, encode_sentences, evaluation_batches, make_batch
 from xtransfer.studies import Recipe
 from xtransfer.tasks import TASKS, load_examples
 
 RECIPE = Recipe(name="test", learning_rate=1e-3, batch_size=4, max_length=96, stride=8)
-TRAINED = ("toy_pair", "toy_choice", "toy_tags", "toy_qa", "toy_qa2", "toy_text")
+TRAINED = ("toy_pair", "toy_choice", "toy_tags", "toy_qa", "toy_qa2", "toy_text", "toy_ranked")
 
 
 @pytest.fixture
@@ -108,3 +109,26 @@ def test_nothing_is_cut_off_without_being_counted(tokenizer):
     long = [{"id": "", "text": " ".join("a" * 40), "text_pair": ""}]
     encoded = encode(tokenizer, TASKS["toy_text"], long, short)
     assert encoded.truncated == 0 and (encoded.ids == tokenizer("a")["input_ids"][1]).sum() == 40, "running text goes on in the next block"
+
+
+def test_queries_and_candidates_are_encoded_apart(tokenizer):
+    """A training example is a query and its first right candidate; candidates are numbered by their text; a query is cut sooner than a candidate."""
+    from xtransfer.encoding import MAX_QUERY, encode_sides
+
+    def row(i, side, text, context="", relevant=()):
+        return {"id": i, "side": side, "text": text, "text_pair": context, "relevant": list(relevant)}
+    rows = [row("q1", "query", "a", relevant=["c2", "c1"]), row("c1", "candidate", "b c", "d"), row("q2", "query", "h", relevant=["c3"]), row("c2", "candidate", "g"), row("c3", "candidate", "g"),
+            row("c4", "candidate", "f")]
+    long = Recipe(name="t", learning_rate=0, batch_size=1, max_length=120)
+    encoded = encode(tokenizer, TASKS["toy_ranked"], rows, long)
+    texts = [tokenizer.decode(encoded.ids[a:b]).replace(" ", "") for a, b in zip(encoded.starts, encoded.starts[1:])]
+    assert texts == ["<s>a</s>", "<s>g</s>", "<s>h</s>", "<s>g</s>"] and encoded.examples == 2 and encoded.example.tolist() == [0, 0, 1, 1]
+    first, second = encoded.example_targets["relevant"].tolist()
+    assert second == [first[0], -1] and first[1] not in (first[0], -1), "c2 and c3 are the same text"
+    assert tokenizer.decode(encode_sides(tokenizer, rows[1:2], long).ids).replace(" ", "") == "<s>bc</s></s>d</s>"
+    wide = encode_sides(tokenizer, [row("q", "query", "a " * 110), row("c", "candidate", "a " * 110), row("c", "candidate", "a " * 70, "b " * 70)], long)
+    assert wide.lengths.tolist() == [MAX_QUERY, 112, 120] and wide.truncated == 2
+    with pytest.raises(XtransferError, match="q1 .* c2, c1"):
+        encode(tokenizer, TASKS["toy_ranked"], rows[:3], long)
+    with pytest.raises(XtransferError, match="q1 .* none"):
+        encode(tokenizer, TASKS["toy_ranked"], [row("q1", "query", "a")], long)

@@ -11,7 +11,8 @@ import xtransfer.evaluation as evaluation
 from test_modeling import model_of
 from xtransfer.core import XtransferError
 from xtransfer.encoding import encode, make_batch
-from xtransfer.evaluation import Evaluator, best_spans, best_threshold, masked_accuracy, mine_pairs, normalized, predict_answers, predict_tags, score_mining, score_retrieval, sentence_vectors
+from xtransfer.evaluation import Evaluator, RankedEvaluator, best_spans, best_threshold, masked_accuracy, mine_pairs, normalized, predict_answers, predict_tags, score_mining, score_retrieval, sentence_vectors
+from xtransfer.metrics import METRICS
 from xtransfer.studies import Recipe
 from xtransfer.tasks import TASKS, Examples, load_examples
 
@@ -178,7 +179,7 @@ def test_retrieval_on_constructed_vectors(toys):
 
 
 def plain_mining(x, y):
-    """REFERENCE 2.5, steps 2 to 4, one pair at a time."""
+    """Margin mining as XTREME describes it, one pair at a time."""
     similarity = [[float(np.dot(a, b)) for b in y] for a in x]
     near_x = [sorted(range(len(y)), key=lambda j: -similarity[i][j])[:4] for i in range(len(x))]
     near_y = [sorted(range(len(x)), key=lambda i: -similarity[i][j])[:4] for j in range(len(y))]
@@ -243,3 +244,80 @@ def test_mining_drops_sentences_that_occur_twice_and_takes_the_threshold_from_de
     value = {s.metric: s.value for s in scores}
     assert value["recall"] == pytest.approx(95) and value["precision"] == 100 and {k["id"] for k in kept} == {f"test-source-{i}" for i in range(1, 20)}
     assert all(s.n == 20 for s in scores) and evaluation.NEIGHBOURS == 4
+
+
+class Lookup:
+    """A dual encoder whose vectors follow from the last token but one of each sequence."""
+
+    def __init__(self, table):
+        self.heads, self.table = {"toy_ranked": self}, torch.nn.functional.normalize(table, dim=1)
+        self.encoder = type("Encoder", (), {"device": torch.device("cpu"), "config": type("Config", (), {"hidden_size": table.shape[1]})})()
+
+    def eval(self):
+        return self
+
+    def states(self, batch):
+        return batch.input_ids
+
+    def vectors(self, states, batch):
+        return self.table[states[torch.tensor(batch.lengths).cumsum(0) - 2]]
+
+
+def pool_of(letters, language, relevant):
+    """One query and one candidate per letter; `relevant` says what a letter asks for."""
+    rows = [{"id": f"q{c}", "side": "query", "text": c, "text_pair": "", "relevant": relevant(c)} for c in letters]
+    rows += [{"id": f"{language}-{c}", "side": "candidate", "text": c, "text_pair": "", "relevant": []} for c in letters]
+    return Examples(task="toy_ranked", language=language, split="test", rows=rows, available=len(rows), expected=None)
+
+
+@pytest.mark.parametrize("metrics", (("map@20",), ("map@20", "map")))
+@pytest.mark.parametrize("tile", (1, 3, 4096))
+def test_rankings_are_scored_against_the_pool_of_all_languages(metrics, tile, toys, tokenizer, monkeypatch):
+    monkeypatch.setattr(evaluation, "TILE", tile)
+    task = replace(TASKS["toy_ranked"], metrics=metrics)
+    parts = [pool_of("abcd", "en", lambda c: [f"en-{c}", f"de-{c}"]), pool_of("abcd", "de", lambda c: [f"en-{c}", f"de-{c}"])]
+    perfect, kept = RankedEvaluator(tokenizer, task, task, parts, RECIPE).score(Lookup(torch.eye(22)), "best")
+    assert [(s.language, s.metric, s.value, s.n) for s in perfect] == [(g, m, 100.0, 4) for g in ("en", "de") for m in metrics]
+    assert set(json.loads(kept[0]["prediction"])[:2]) == {"en-a", "de-a"} and len(kept) == 8
+    only, _ = RankedEvaluator(tokenizer, task, task, parts, RECIPE, ["de"]).score(Lookup(torch.eye(22)), "best")
+    assert only == [s for s in perfect if s.language == "de"]
+    table = torch.randn(22, 6, generator=torch.Generator().manual_seed(1))
+    scores, kept = RankedEvaluator(tokenizer, task, task, parts, RECIPE).score(Lookup(table), "best")
+    unit, ids = torch.nn.functional.normalize(table, dim=1).double(), [f"{g}-{c}" for g in ("en", "de") for c in "abcd"]
+    for entry in kept:
+        letter = {c: unit[tokenizer(c, add_special_tokens=False)["input_ids"][0]] for c in "abcd"}
+        wanted = [float(letter[entry["id"][1:]] @ letter[i[-1]]) for i in ids]
+        found = json.loads(entry["prediction"])
+        assert sorted(found) == sorted(ids) and [wanted[ids.index(i)] for i in found] == pytest.approx(sorted(wanted, reverse=True), abs=1e-6)
+    values = [METRICS[s.metric].score([json.loads(k["prediction"]) for k in kept if k["language"] == s.language], [json.loads(k["reference"]) for k in kept if k["language"] == s.language])[s.metric] for s in scores]
+    assert [s.value for s in scores] == values
+
+
+def test_more_than_twenty_candidates_count_only_without_a_cut(toys, tokenizer):
+    task = replace(TASKS["toy_ranked"], metrics=("map@20", "map"))
+    rows = [{"id": "q", "side": "query", "text": "a", "text_pair": "", "relevant": ["c0"]}] + [{"id": f"c{i}", "side": "candidate", "text": "a b" if i else "c", "text_pair": "", "relevant": []} for i in range(25)]
+    table = torch.zeros(22, 2)
+    table[tokenizer.convert_tokens_to_ids("a")] = table[tokenizer.convert_tokens_to_ids("b")] = torch.tensor([1.0, 0.0])
+    table[tokenizer.convert_tokens_to_ids("c")] = torch.tensor([-1.0, 0.0])
+    part = Examples(task="toy_ranked", language="en", split="test", rows=rows, available=26, expected=None)
+    scores, kept = RankedEvaluator(tokenizer, task, task, [part], RECIPE).score(Lookup(table), "best")
+    assert {s.metric: s.value for s in scores} == {"map@20": 0.0, "map": pytest.approx(100 / 25)} and len(json.loads(kept[0]["prediction"])) == 20
+
+
+def test_a_pool_that_does_not_fit_its_queries_is_one_sentence(toys, tokenizer):
+    task = TASKS["toy_ranked"]
+    with pytest.raises(XtransferError, match="query qa .* fr-a"):
+        RankedEvaluator(tokenizer, task, task, [pool_of("a", "en", lambda c: ["en-a", "fr-a"])], RECIPE)
+    with pytest.raises(XtransferError, match="asks for the candidates none"):
+        RankedEvaluator(tokenizer, task, task, [pool_of("a", "en", lambda c: [])], RECIPE)
+    with pytest.raises(XtransferError, match="1 ids stand for several candidates"):
+        RankedEvaluator(tokenizer, task, task, [pool_of("aa", "en", lambda c: ["en-a"])], RECIPE)
+
+
+def test_vectors_do_not_depend_on_tiles_or_batches(toys, tokenizer, monkeypatch):
+    task, model = TASKS["toy_ranked"], model_of(initializer_range=0.3).eval()
+    parts, scores = [load_examples(task, language, "test") for language in task.languages], []
+    for tile in (7, 4096):
+        monkeypatch.setattr(evaluation, "TILE", tile)
+        scores.append([s.value for s in RankedEvaluator(tokenizer, task, task, parts, RECIPE).score(model, "best")[0]])
+    assert scores[0] == pytest.approx(scores[1], abs=0.5) and len(scores[0]) == 3

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 from xtransfer.core import XtransferError
 from xtransfer.encoding import Batch, encode_sentences, make_batch
@@ -12,7 +13,7 @@ from xtransfer.modeling import StageModel, load_encoder, load_heads, load_tokeni
 from xtransfer.tasks import TASKS
 
 BERT = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 130, "pad_token_id": 1}
-FORMATS = {"toy_pair": "label", "toy_choice": "label", "toy_tags": "tag", "toy_qa": "span", "toy_text": "masked"}
+FORMATS = {"toy_pair": "label", "toy_choice": "label", "toy_tags": "tag", "toy_qa": "span", "toy_text": "masked", "toy_ranked": "relevant"}
 SHAPES = {"random": None, "one-token rows": [1, 1, 1, 5, 1, 7], "one row": [9], "one row of one token": [1], "equal lengths": [6] * 12, "full rows": [128] * 5, "a prime number of rows": [3] * 6 + [128] + [2] * 6}
 
 
@@ -29,13 +30,14 @@ def random_batch(lengths, name, seed):
     """Random tokens and targets of given lengths for a head; two sequences make an example of choices or windows."""
     rng = np.random.default_rng(seed)
     lengths = np.sort(rng.integers(1, 60, 17) if lengths is None else np.array(lengths))
+    lengths = np.append(lengths, lengths[-1]) if name == "toy_ranked" and len(lengths) % 2 else lengths  # a query and a candidate each
     n, total = len(lengths), int(lengths.sum())
-    per = 1 if name != "toy_choice" or n == 1 else n if n % 2 else 2
+    per = 2 if name == "toy_ranked" else 1 if name != "toy_choice" or n == 1 else n if n % 2 else 2
     order = rng.permutation(n)
     examples = n // per
     targets = {"toy_pair": rng.integers(0, 2, examples), "toy_choice": rng.integers(0, per, examples),
                "toy_tags": np.where(rng.random(total) < 0.5, rng.integers(0, 2, total), -100), "toy_text": np.where(rng.random(total) < 0.3, rng.integers(0, 22, total), -100),
-               "toy_qa": np.stack([rng.integers(0, lengths), rng.integers(0, lengths)], axis=1)}[name]
+               "toy_qa": np.stack([rng.integers(0, lengths), rng.integers(0, lengths)], axis=1), "toy_ranked": rng.integers(0, 3 * examples, (examples, 2))}[name]
     if name in ("toy_tags", "toy_text"):
         targets[0] = 1
     return Batch(input_ids=torch.from_numpy(rng.integers(0, 22, total)), lengths=tuple(lengths.tolist()), example=torch.from_numpy(order // per), within=torch.from_numpy(order % per),
@@ -46,6 +48,7 @@ def random_batch(lengths, name, seed):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flat_equals_padded_for_every_head(kind, shape, toys):
     model = model_of(kind, initializer_range=0.3).eval()
+    model.heads["toy_ranked"].scale.data.fill_(1.0)  # it multiplies rounding errors too
     for seed, name in enumerate(FORMATS):
         batch, found = random_batch(SHAPES[shape], name, seed), []
         for padded in (False, True):
@@ -58,7 +61,7 @@ def test_flat_equals_padded_for_every_head(kind, shape, toys):
         torch.testing.assert_close(logits, logits2, atol=1e-5, rtol=0)
         largest = max(float(g.abs().max()) for g in gradients2.values())
         assert set(gradients) == set(gradients2), set(gradients) ^ set(gradients2)
-        assert largest > 1e-3 or len(batch.lengths) == 1 and name in ("toy_choice", "toy_qa"), "without something to choose from there is no gradient"
+        assert largest > 1e-3 or len(batch.lengths) <= 2 and name in ("toy_choice", "toy_qa", "toy_ranked"), "without something to choose from there is no gradient"
         for key, gradient in gradients.items():
             torch.testing.assert_close(gradient, gradients2[key], atol=1e-5 * max(1, largest), rtol=0)
 
@@ -180,3 +183,46 @@ def test_weights_follow_from_the_seed_alone(toys):
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(v, two[k]) for k, v in one.items())
     assert any(not torch.equal(v, other[k]) for k, v in one.items() if k.startswith("heads"))
+
+
+@settings(deadline=None, max_examples=25)
+@given(relevant=st.lists(st.lists(st.integers(-1, 4), min_size=2, max_size=2), min_size=1, max_size=7), seed=st.integers(0, 2**20))
+def test_the_in_batch_loss_equals_the_plain_formula(relevant, seed):
+    """A query's own candidate against those of the batch that are not right for it, one query at a time."""
+    from xtransfer.modeling import DualEncoderHead
+
+    relevant, rng = [[abs(first), second] for first, second in relevant], np.random.default_rng(seed)
+    n = len(relevant)
+    torch.manual_seed(seed)
+    head, lengths = DualEncoderHead(8, 0, 0.1), np.sort(rng.integers(1, 9, 2 * n))
+    states, order = torch.randn(int(lengths.sum()), 8), rng.permutation(2 * n)
+    batch = Batch(input_ids=torch.zeros(len(states), dtype=torch.long), lengths=tuple(lengths.tolist()), example=torch.from_numpy(order // 2), within=torch.from_numpy(order % 2),
+                  sequence=np.arange(2 * n), examples=n, targets={"relevant": torch.tensor(relevant)})
+    with torch.no_grad():
+        loss, logits = head(states, batch)
+        first = np.cumsum(lengths) - lengths
+        unit = torch.nn.functional.normalize(torch.tanh(head.dense(states[first])), dim=1)
+    place = {(e, w): unit[s].double().numpy() for s, (e, w) in enumerate(zip(order // 2, order % 2))}
+    losses = []
+    for i in range(n):
+        wrong = [j for j in range(n) if j != i and relevant[j][0] not in relevant[i]]
+        scores = np.array([100 * place[i, 0] @ place[j, 1] for j in (i, *wrong)])
+        losses.append(np.log(np.exp(scores - scores[0]).sum()))
+        assert {j for j in range(n) if logits[i, j].isinf()} == set(range(n)) - {i, *wrong}
+    assert float(loss) == pytest.approx(np.mean(losses), abs=1e-4)
+
+
+def test_a_head_goes_on_from_the_head_that_its_task_continues(toys, tmp_path):
+    """COPA's way: another task's head of the same shape; one of another shape is refused, one that is not there leaves the new head as it is."""
+    from xtransfer.backbones import BACKBONES
+
+    before = model_of(seed=1)
+    save_checkpoint(before, BACKBONES["toy-encoder"].build_tokenizer(), tmp_path)
+    then = StageModel(model_of().encoder, [replace(TASKS["toy_choice"], name="later"), TASKS["toy_pair"]], 5)
+    fresh = {k: v.clone() for k, v in then.state_dict().items()}
+    assert load_heads(then, tmp_path, {"later": "toy_choice", "toy_pair": "never_trained"}) == ["later"]
+    for key, value in then.heads["later"].state_dict().items():
+        assert torch.equal(value, before.heads["toy_choice"].state_dict()[key])
+    assert all(torch.equal(v, fresh[f"heads.toy_pair.{k}"]) for k, v in then.heads["toy_pair"].state_dict().items())
+    with pytest.raises(XtransferError, match="toy_pair .* later"):
+        load_heads(then, tmp_path, {"later": "toy_pair"})

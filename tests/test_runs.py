@@ -117,7 +117,7 @@ def test_kept_predictions_score_what_the_record_says(everything, toys):
                     said = [s.value for s in record.scores if (s.task, s.language, s.split, s.selection, s.metric) == (name, language, split, selection, key)]
                     assert said == [pytest.approx(value, abs=1e-9)]
                     checked.add((name, key))
-    assert {n for n, _ in checked} == {"toy_tags", "toy_qa2", "toy_choice", "toy_retrieval"}
+    assert {n for n, _ in checked} == {"toy_tags", "toy_qa2", "toy_choice", "toy_ranked", "toy_retrieval"}
 
 
 def test_a_finished_study_is_left_alone(toy_outputs, toys):

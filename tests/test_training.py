@@ -16,7 +16,7 @@ from xtransfer.tasks import TASKS, load_examples
 from xtransfer.training import Sampler, fit
 
 RECIPE = Recipe(name="test", learning_rate=3e-3, batch_size=3, max_steps=30, max_length=96, stride=8, evaluations=3)
-FIVE = ("toy_pair", "toy_choice", "toy_tags", "toy_qa", "toy_text")
+TRAINED = ("toy_pair", "toy_choice", "toy_tags", "toy_qa", "toy_text", "toy_ranked")
 
 
 class Killed(Exception):
@@ -28,17 +28,17 @@ def data(toys):
     from xtransfer.backbones import BACKBONES
 
     tokenizer = BACKBONES["toy-encoder"].build_tokenizer()
-    return {n: encode(tokenizer, TASKS[n], load_examples(TASKS[n], "en", "train").rows, RECIPE) for n in FIVE}
+    return {n: encode(tokenizer, TASKS[n], load_examples(TASKS[n], "en", "train").rows, RECIPE) for n in TRAINED}
 
 
 def trained(data, folder, recipe=RECIPE, seed=0, scores=None, die_at=None, monkeypatch=None, save_seconds=1e9):
-    """Train all five formats; `scores` follow from the weights unless they are given; die before the update that follows step `die_at`."""
+    """Train all formats; `scores` follow from the weights unless they are given; die before the update that follows step `die_at`."""
     model = model_of(seed=seed)
 
     def score_dev():
         if die_at == "dev":
             raise Killed
-        return {n: float(model.heads[n].state_dict()["dense.weight" if n == "toy_text" else "out.weight"].abs().sum()) for n in FIVE} if scores is None else {n: next(scores) for n in FIVE[:1]}
+        return {n: float(model.heads[n].state_dict()["dense.weight" if n in ("toy_text", "toy_ranked") else "out.weight"].abs().sum()) for n in TRAINED} if scores is None else {n: next(scores) for n in TRAINED[:1]}
 
     if isinstance(die_at, int):
         def lethal(batch, *_):
@@ -154,7 +154,7 @@ def test_a_damaged_state_is_one_sentence(damage, data, tmp_path, monkeypatch):
         case "progress":
             progress.write_text("{")
         case "foreign":
-            data = {n: data[n] for n in FIVE}
+            data = {n: data[n] for n in TRAINED}
             monkeypatch.setitem(TASKS._entries, "toy_pair", replace(TASKS["toy_pair"], labels=("yes", "no", "perhaps")))
     with pytest.raises(XtransferError, match="delete that folder") as error:
         trained(data, tmp_path)

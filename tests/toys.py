@@ -92,10 +92,25 @@ def mining_rows(language, split):
     return found
 
 
+def ranked_rows(language, split):
+    """Sentences with their neighbours as context, and queries for them: two words that stand in the sentence. Two queries share every fifth sentence; in the test split all languages' sentences are right."""
+    rng, found = random.Random(derive_seed("ranked", split)), []
+    sentences = [words(rng, 3, 9) for _ in range(SIZES[split])]
+    for i, sentence in enumerate(sentences):
+        for number in range(1 + (i % 5 == 0)):
+            asked = rng.sample(sentence, 2)
+            answers = [f"{code}-{i}" for code in (LANGUAGES if split == "test" else (language,))]
+            found.append({"id": f"q-{i}-{number}", "side": "query", "text": " ".join(said(asked, language)), "text_pair": "", "relevant": answers})
+    for i, sentence in enumerate(sentences):
+        context = " ".join(said(sentence + sentences[i - 1], language)) if i % 2 else ""
+        found.append({"id": f"{language}-{i}", "side": "candidate", "text": " ".join(said(sentence, language)), "text_pair": context, "relevant": []})
+    return found
+
+
 def declare(name, format, make, read, **others):
     """Register one toy task."""
     trained = format not in ("retrieval", "bitext_mining")
-    load = mining_rows if format == "bitext_mining" else rows(make)
+    load = {"bitext_mining": mining_rows, "ranked_retrieval": ranked_rows}.get(format) or rows(make)
     languages = others.pop("languages", LANGUAGES if trained else LANGUAGES[1:])
     return TASKS.register(Task(name=name, format=format, kind=others.pop("kind", "toy"), source=Source(repo="generated", **FIELDS), languages=languages, load=load, read=read,
                                trains_on=name if trained else None, **others))
@@ -108,6 +123,7 @@ QA = declare("toy_qa", "span_extraction", question_row, squad_columns, metrics=(
 QA2 = declare("toy_qa2", "span_extraction", doubtful_row, squad_columns, metrics=("squad_v2",), headline=("exact_match", "f1"))
 TEXT = declare("toy_text", "masked_lm", text_row, plain_text(), languages=("en",), kind="text")
 RETRIEVAL = declare("toy_retrieval", "retrieval", translation_row, sentence_pair("english", "foreign"), metrics=("retrieval_accuracy",), headline=("accuracy",), kind="retrieval")
+RANKED = declare("toy_ranked", "ranked_retrieval", None, dict, metrics=("map@20",), headline=("map@20",), kind="retrieval")
 MINING = declare("toy_mining", "bitext_mining", None, mining_side, metrics=("pair_f1",), headline=("f1",), kind="retrieval")
 
 BACKBONES.register(Backbone(
@@ -128,5 +144,5 @@ def study(profile, arms, targets, untrained):
 
 STUDIES.register(StudyDeclaration(name="toys", question="Does a toy help?", profiles={
     "smoke": lambda: study("smoke", ("none", "qa"), ("toy_pair",), ()),
-    "mini": lambda: study("mini", ("none", "multi"), ("toy_tags", "toy_qa2", "toy_choice"), ("toy_retrieval", "toy_mining")),
+    "mini": lambda: study("mini", ("none", "multi"), ("toy_tags", "toy_qa2", "toy_choice", "toy_ranked"), ("toy_retrieval", "toy_mining")),
 }))

@@ -4,15 +4,22 @@
 
 # %% auto #0
 __all__ = ['WORLD_PRETRAINING', 'WORLD_INTERMEDIATE', 'WORLD_TARGET', 'WORLD_TARGETS', 'WORLD_SENTENCES', 'QUESTION',
-           'WORLD_INTERMEDIATES', 'WORLD_RETRIEVAL', 'WORLD_NOTE', 'STILTS', 'SMALL_TRAINING', 'PHANG_CLASSIFICATION',
-           'PHANG_TAGGING', 'PHANG_QA', 'SENTENCES', 'REAL_ARMS']
+           'WORLD_INTERMEDIATES', 'WORLD_RETRIEVAL', 'WORLD_NOTE', 'STILTS', 'SMALL_TRAINING', 'SENTENCES',
+           'SMALL_NOTE', 'PHANG_CLASSIFICATION', 'PHANG_TAGGING', 'PHANG_QA', 'PHANG_TARGETS', 'PHANG_INTERMEDIATES',
+           'PAPER_NOTE', 'XTREME_R_CHOICE', 'XTREME_R_LAREQA', 'XTREME_R_MEWSLIX', 'XTREME_R_TARGETS',
+           'XTREME_R_PREPARATIONS']
 
-# %% ../nbs/12_catalogue.ipynb #c0340c40
+# %% ../nbs/12_catalogue.ipynb #8b379970
+from collections.abc import Mapping
 from dataclasses import replace
 
-import xtransfer.intermediate  # noqa: F401  these three register their tasks
+import xtransfer.intermediate  # noqa: F401  these register their tasks, and the modifiers of tasks
+import xtransfer.modifiers  # noqa: F401
+import xtransfer.multilingual  # noqa: F401
+import xtransfer.text  # noqa: F401
 import xtransfer.world_tasks  # noqa: F401
 import xtransfer.xtreme  # noqa: F401
+import xtransfer.xtreme_r  # noqa: F401
 from .studies import STUDIES, Contrast, Mixing, Recipe, Stage, Study, StudyDeclaration, intermediate_cells
 from .tasks import TASKS
 
@@ -59,26 +66,66 @@ STILTS = STUDIES.register(StudyDeclaration(name="stilts", question=QUESTION, pro
                                   {"pretrain": 230, "intermediate": 30, "target": 4, "retrieval": 3}),
 }))
 
-# %% ../nbs/12_catalogue.ipynb #14215e74
+# %% ../nbs/12_catalogue.ipynb #43c0f706
 SMALL_TRAINING = Recipe(name="small", learning_rate=3e-4, batch_size=32, epochs=2, max_length=256, stride=128, evaluations=4, source="not tuned: the encoder's weights are random")
-# Source: nyu-mll/jiant, scripts/benchmarks/xtreme/xtreme_runconfig_writer.py (REFERENCE 1.4); the intermediate epochs are from memory of the paper and not verified
+SENTENCES = Recipe(name="sentences", learning_rate=0.0, batch_size=64, max_length=512, source="jiant: retrieval with up to 512 tokens")
+SMALL_NOTE = ("The encoder has XLM-R's vocabulary and random weights: it was never pretrained, so scores are near chance and gains say nothing about transfer. PAN-X is scored on its validation split and without Thai, "
+              "because many copies of it lack the test labels and the large Thai file.")
+
+def _contrasts(arms: Mapping[str, object]) -> tuple[Contrast, ...]:
+    """Every arm against the baseline."""
+    return tuple(Contrast(treatment=arm, baseline="none") for arm in arms if arm != "none")
+
+def _stilts_small() -> Study:
+    """Two arms and five targets of XTREME on the hub's data."""
+    recipes = {task: replace(SMALL_TRAINING, max_length=384 if task == "squad1" else 256) for task in ("mnli", "squad1", "udpos", "panx")}
+    arms = {"none": (), "nli": (Stage(train=("mnli",), recipe=recipes["mnli"], seed=0),), "qa": (Stage(train=("squad1",), recipe=recipes["squad1"], seed=0),)}
+    targets = {"xnli": recipes["mnli"], "xquad": recipes["squad1"], "udpos": recipes["udpos"], "panx": recipes["panx"]}
+    panx = {"score_splits": ("dev",), "languages": tuple(code for code in TASKS["panx"].languages if code != "th")}  # what the note says
+    cells = intermediate_cells("xlm-r-random-small", arms, targets, ("tatoeba",), (0,), retrieval_recipe=SENTENCES, exceptions={"panx": panx})
+    return Study(name="stilts", profile="small", question=QUESTION, cells=cells, contrasts=_contrasts(arms), note=SMALL_NOTE)
+
+# %% ../nbs/12_catalogue.ipynb #58dcd311
+# Source: nyu-mll/jiant, jiant/scripts/benchmarks/xtreme/xtreme_runconfig_writer.py
 PHANG_CLASSIFICATION = Recipe(name="phang2020-jiant", learning_rate=1e-5, batch_size=32, epochs=2, max_length=256, stride=128, evaluations=10, source="jiant xtreme_runconfig_writer.py")
 PHANG_TAGGING = replace(PHANG_CLASSIFICATION, name="phang2020-jiant-tagging", epochs=10)
 PHANG_QA = replace(PHANG_CLASSIFICATION, name="phang2020-jiant-qa", batch_size=16, max_length=384)
-SENTENCES = Recipe(name="sentences", learning_rate=0.0, batch_size=64, max_length=512, source="jiant: retrieval with up to 512 tokens")
-REAL_ARMS = {"none": (), "nli": ("mnli",), "qa": ("squad1",)}
+PHANG_TARGETS = {"xnli": PHANG_CLASSIFICATION, "pawsx": replace(PHANG_CLASSIFICATION, epochs=5), "udpos": PHANG_TAGGING, "panx": PHANG_TAGGING, "xquad": PHANG_QA, "mlqa": PHANG_QA, "tydiqa": PHANG_QA}
+PHANG_INTERMEDIATES = {  # task -> batch size and epochs, from memory of the paper's appendix, not verified
+    "anli_plus": (24, 2), "mnli": (24, 2), "qqp": (24, 3), "squad1": (8, 3), "squad2": (8, 3), "hellaswag": (24, 7), "ccg": (24, 15), "cosmos_qa": (4, 15), "commonsense_qa": (4, 10)}
+PAPER_NOTE = "The recipe of the targets is that of the paper's group in jiant; batch sizes and epochs of the intermediate stage are from memory of the paper and not verified."
 
-def _stilts_real(profile: str, backbone: str, recipes: dict[str, Recipe], seeds: tuple[int, ...], note: str) -> Study:
-    """The stilts study on the hub's data: the recipe of an arm or a target is that of the task it trains on."""
-    arms = {arm: tuple(Stage(train=(task,), recipe=recipes[task], seed=0) for task in tasks) for arm, tasks in REAL_ARMS.items()}
-    targets = {"xnli": recipes["mnli"], "xquad": recipes["squad1"], "udpos": recipes["udpos"], "panx": recipes["panx"]}
-    panx = {"score_splits": ("dev",), "languages": tuple(code for code in TASKS["panx"].languages if code != "th")}  # what the small profile's note says
-    cells = intermediate_cells(backbone, arms, targets, ("tatoeba",), seeds, retrieval_recipe=SENTENCES, exceptions={"panx": panx} if profile == "small" else None)
-    return Study(name="stilts", profile=profile, question=QUESTION, cells=cells, contrasts=tuple(Contrast(treatment=arm, baseline="none") for arm in arms if arm != "none"), note=note)
+def _paper_arms() -> dict[str, tuple[Stage, ...]]:
+    """No intermediate task, each of the nine, and all of them in proportion to their sizes up to 2**17 examples."""
+    def recipe(task: str) -> Recipe:
+        batch, epochs = PHANG_INTERMEDIATES[task]
+        return replace(PHANG_CLASSIFICATION, name=f"phang2020-{task}", batch_size=batch, epochs=epochs, max_length=384 if task.startswith("squad") else 256, source="from memory of arXiv 2005.13013, not verified")
+    multi = replace(PHANG_CLASSIFICATION, name="phang2020-multi", batch_size=24, max_length=384, source="from memory of arXiv 2005.13013, not verified")
+    arms = {"none": ()} | {task: (Stage(train=(task,), recipe=recipe(task), seed=0),) for task in PHANG_INTERMEDIATES}
+    return arms | {"multi": (Stage(train=tuple(PHANG_INTERMEDIATES), recipe=multi, mixing=Mixing(kind="capped"), seed=0),)}
 
-STUDIES.register(replace(STILTS, profiles=dict(STILTS.profiles) | {
-    "small": lambda: _stilts_real("small", "xlm-r-random-small", {task: replace(SMALL_TRAINING, max_length=384 if task == "squad1" else 256) for task in ("mnli", "squad1", "udpos", "panx")}, (0,),
-                                  "The encoder has XLM-R's vocabulary and random weights: it was never pretrained, so scores are near chance and gains say nothing about transfer. PAN-X is scored on its validation split and without Thai, because many copies of it lack the test labels and the large Thai file."),
-    "paper": lambda: _stilts_real("paper", "xlm-r-large", {"mnli": PHANG_CLASSIFICATION, "squad1": PHANG_QA, "udpos": PHANG_TAGGING, "panx": PHANG_TAGGING}, (0, 1, 2),
-                                  "Two of the paper's nine intermediate tasks and five of its nine targets: those that are declared so far."),
-}))
+def _stilts_paper() -> Study:
+    """Phang et al. 2020 on XTREME."""
+    arms = _paper_arms()
+    cells = intermediate_cells("xlm-r-large", arms, PHANG_TARGETS, ("bucc2018", "tatoeba"), (0, 1, 2), retrieval_recipe=SENTENCES)
+    return Study(name="stilts", profile="paper", question=QUESTION, cells=cells, contrasts=_contrasts(arms), note=PAPER_NOTE)
+
+STUDIES.register(replace(STILTS, profiles=dict(STILTS.profiles) | {"small": _stilts_small, "paper": _stilts_paper}))
+
+# %% ../nbs/12_catalogue.ipynb #eac3fa6a
+# Source: google-research/xtreme, scripts/train_xcopa.sh, train_lareqa.sh, train_mewslix.sh
+XTREME_R_CHOICE = replace(PHANG_CLASSIFICATION, name="xtreme-r-choice", learning_rate=3e-5, epochs=5, max_length=128, source="xtreme train_xcopa.sh, large models")
+XTREME_R_LAREQA = replace(PHANG_CLASSIFICATION, name="xtreme-r-lareqa", learning_rate=2e-5, batch_size=16, epochs=3, warmup=0.0, source="xtreme train_lareqa.sh; other versions of it have 5e-5")
+XTREME_R_MEWSLIX = replace(PHANG_CLASSIFICATION, name="xtreme-r-mewslix", learning_rate=2e-5, batch_size=256, epochs=2, max_length=64, warmup=0.0,
+                           source="xtreme train_mewslix.sh, mBERT's values: the script says that its own for XLM-R score near zero")
+XTREME_R_TARGETS = {"xnli": PHANG_CLASSIFICATION, "xcopa": XTREME_R_CHOICE, "udpos_xr": PHANG_TAGGING, "panx_xr": PHANG_TAGGING, "xquad_xr": PHANG_QA, "mlqa": PHANG_QA, "tydiqa": PHANG_QA,
+                    "lareqa": XTREME_R_LAREQA, "mewslix": XTREME_R_MEWSLIX}
+XTREME_R_PREPARATIONS = {"xcopa": (Stage(train=("social_iqa",), recipe=XTREME_R_CHOICE, seed=0),), "tatoeba_xr": (Stage(train=("squad1",), recipe=PHANG_QA, seed=0),)}
+
+def _xtreme_r_paper() -> Study:
+    """The arms of Phang et al. on XTREME-R."""
+    arms = _paper_arms()
+    cells = intermediate_cells("xlm-r-large", arms, XTREME_R_TARGETS, ("tatoeba_xr",), (0, 1, 2), retrieval_recipe=SENTENCES, preparations=XTREME_R_PREPARATIONS)
+    return Study(name="stilts-xtreme-r", profile="paper", question=QUESTION, cells=cells, contrasts=_contrasts(arms), note=PAPER_NOTE)
+
+STUDIES.register(StudyDeclaration(name="stilts-xtreme-r", question="The same, on XTREME-R with its protocols.", profiles={"paper": _xtreme_r_paper}))

@@ -4,17 +4,23 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'accuracy', 'retrieval_accuracy', 'token_accuracy', 'find_chunks', 'chunk_f1', 'normalize_squad', 'squad',
-           'squad_v2', 'pair_f1', 'Metric', 'as_evaluate']
+           'squad_v2', 'normalize_mlqa', 'mlqa', 'average_precision_at_k', 'mean_average_precision', 'pair_f1',
+           'Metric', 'as_evaluate']
 
-# %% ../nbs/02_metrics.ipynb #a2fb9f52
+# %% ../nbs/02_metrics.ipynb #bc546618
 import re
 import string
+import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Literal
 
-from .core import Registry, XtransferError
+import numpy as np
+
+from .core import Registry, XtransferError, nearest
 
 # %% ../nbs/02_metrics.ipynb #dfed7a60
 def _check_aligned(
@@ -94,18 +100,29 @@ def token_accuracy(
     right = sum(p == r for predicted, gold in zip(predictions, references) for p, r in zip(predicted, gold))
     return {"token_accuracy": _percent(right, sum(map(len, references)))}
 
-# %% ../nbs/02_metrics.ipynb #d85b5060
-def _chunk_starts(previous_mark: str, mark: str, type_changes: bool) -> bool:
-    """Whether a chunk starts at a tag."""
-    if mark in "BS" or (previous_mark in "ESO" and mark in "EI"):
-        return True
-    return mark not in "O." and type_changes
+# %% ../nbs/02_metrics.ipynb #b298a1e3
+def _chunk_table(
+    sentences: Sequence[Sequence[str]],  # one list of tags a sentence
+    types: dict[str, int],  # type -> number; grows by the types that are met
+) -> np.ndarray:  # int64 [chunks, 3]: number of the type, first, last position
+    """All chunks of all sentences, by the rules above applied to every position at once."""
+    flat = [tag for sentence in sentences for tag in (*sentence, "O")] + ["O"]
+    distinct = {tag: number for number, tag in enumerate(dict.fromkeys(flat))}
+    at = np.fromiter((distinct[tag] for tag in flat), dtype=np.int64, count=len(flat))
+    kind = np.array([types.setdefault(tag.rsplit("-", 1)[-1], len(types)) for tag in distinct])[at]
+    changes = kind != np.concatenate(([types[""]], kind[:-1]))
 
-def _chunk_ends(previous_mark: str, mark: str, type_changes: bool) -> bool:
-    """Whether the chunk before a tag has ended."""
-    if previous_mark in "ES" or (previous_mark in "BI" and mark in "BSO"):
-        return True
-    return previous_mark not in "O." and type_changes
+    def mark(among: str) -> np.ndarray:
+        return np.array([tag[0] in among for tag in distinct])[at]
+
+    def before(among: str) -> np.ndarray:
+        return np.concatenate((["O" in among], mark(among)[:-1]))
+
+    starts = mark("BS") | (before("ESO") & mark("EI")) | (~mark("O.") & changes)
+    ends = before("ES") | (before("BI") & mark("BSO")) | (~before("O.") & changes)
+    first = np.maximum.accumulate(np.where(starts, np.arange(len(at)), 0))
+    last = np.flatnonzero(ends) - 1
+    return np.stack((kind[last], first[last], last), axis=1)
 
 def find_chunks(
     sentences: Sequence[Sequence[str]],  # one list of tags a sentence
@@ -114,18 +131,12 @@ def find_chunks(
 
     Source: chakki-works/seqeval 0.0.12, metrics/sequence_labeling.py, get_entities.
     """
-    flat = [tag for sentence in sentences for tag in (*sentence, "O")] + ["O"]
-    chunks, start, previous_mark, previous_type = [], 0, "O", ""
-    for position, tag in enumerate(flat):
-        mark, kind = tag[0], tag.rsplit("-", 1)[-1]
-        if _chunk_ends(previous_mark, mark, previous_type != kind):
-            chunks.append((previous_type, start, position - 1))
-        if _chunk_starts(previous_mark, mark, previous_type != kind):
-            start = position
-        previous_mark, previous_type = mark, kind
-    return chunks
+    types = {"": 0}
+    table = _chunk_table(sentences, types)
+    names = list(types)
+    return [(names[kind], first, last) for kind, first, last in table.tolist()]
 
-# %% ../nbs/02_metrics.ipynb #e75c6fa6
+# %% ../nbs/02_metrics.ipynb #79d81791
 def _f1_scores(correct: int, predicted: int, gold: int) -> dict[str, float]:
     """Precision, recall and F1 in percent from counts."""
     return {"f1": _percent(2 * correct, predicted + gold), "precision": _percent(correct, predicted), "recall": _percent(correct, gold)}
@@ -140,8 +151,10 @@ def chunk_f1(
     Source: seqeval 0.0.12 f1_score, as called by google-research/xtreme, evaluate.py, f1.
     """
     _check_tags("chunk_f1", predictions, references)
-    found, gold = set(find_chunks(predictions)), set(find_chunks(references))
-    return _f1_scores(len(found & gold), len(found), len(gold))
+    types = {"": 0}
+    found, gold = _chunk_table(predictions, types), _chunk_table(references, types)
+    _, here, there = np.intersect1d(found[:, 2], gold[:, 2], assume_unique=True, return_indices=True)  # a position ends one chunk at most
+    return _f1_scores(int((found[here] == gold[there]).all(axis=1).sum()), len(found), len(gold))
 
 # %% ../nbs/02_metrics.ipynb #560d2b72
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
@@ -160,25 +173,38 @@ def _token_f1(prediction: str, gold: str) -> float:
     common = sum((Counter(predicted_words) & Counter(gold_words)).values())
     return 2 * common / (len(predicted_words) + len(gold_words)) if common else 0.0
 
-# %% ../nbs/02_metrics.ipynb #42130407
+# %% ../nbs/02_metrics.ipynb #2337c9c6
+def _answer_scores(
+    metric: str,  # for messages
+    predictions: Sequence[str | None],
+    references: Sequence[Sequence[str]],
+    normalize: Callable[[str], str],
+) -> dict[str, float]:
+    """Exact match and word F1 against the best gold answer, under one normalization."""
+    _check_aligned(metric, predictions, references)
+    exact = overlap = 0.0
+    for row, (prediction, golds) in enumerate(zip(predictions, references)):
+        if isinstance(golds, str) or not len(golds):
+            raise XtransferError(f"{metric}: example {row} has no list of gold answers (found {golds!r}); unanswerable questions are scored by squad_v2.")
+        if prediction is None:
+            continue
+        if not isinstance(prediction, str):
+            raise XtransferError(f"{metric}: the prediction of example {row} is {prediction!r}, which is no text.")
+        answer, normalized = normalize(prediction), [normalize(gold) for gold in golds]
+        exact += answer in normalized
+        overlap += max(_token_f1(answer, gold) for gold in normalized)
+    return {"exact_match": _percent(exact, len(references)), "f1": _percent(overlap, len(references))}
+
 def squad(
-    predictions: Sequence[str],  # answer texts
+    predictions: Sequence[str | None],  # answer texts; None: not answered
     references: Sequence[Sequence[str]],  # gold answer texts, at least one each
 ) -> dict[str, float]:  # {"exact_match", "f1"}: 0..100
-    """Exact match and word F1 against the best gold answer.
+    """Exact match and word F1 against the best gold answer; the score of XQuAD and TyDiQA in every language.
 
     Raises: XtransferError for empty or misaligned input, or an example without a gold answer.
     Source: SQuAD evaluate-v1.1.py, evaluate; google-research/xtreme, third_party/evaluate_squad.py.
     """
-    _check_aligned("squad", predictions, references)
-    exact = overlap = 0.0
-    for row, (prediction, golds) in enumerate(zip(predictions, references)):
-        if isinstance(golds, str) or not len(golds):
-            raise XtransferError(f"squad: example {row} has no list of gold answers (found {golds!r}); unanswerable questions are scored by squad_v2.")
-        answer, normalized = normalize_squad(prediction), [normalize_squad(gold) for gold in golds]
-        exact += answer in normalized
-        overlap += max(_token_f1(answer, gold) for gold in normalized)
-    return {"exact_match": _percent(exact, len(references)), "f1": _percent(overlap, len(references))}
+    return _answer_scores("squad", predictions, references, normalize_squad)
 
 # %% ../nbs/02_metrics.ipynb #0526fe5e
 def _squad_v2_f1(answer: str, gold: str) -> float:
@@ -205,6 +231,84 @@ def squad_v2(
         overlap += max(_squad_v2_f1(answer, gold) for gold in normalized)
     return {"exact_match": _percent(exact, len(references)), "f1": _percent(overlap, len(references))}
 
+# %% ../nbs/02_metrics.ipynb #c13f94da
+_MLQA_ARTICLES: Mapping[str, str] = {  # Source: facebookresearch/MLQA, mlqa_evaluation_v1.py, normalize_answer; "" where a language has none
+    "ar": "ال", "de": r"\b(ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b", "en": r"\b(a|an|the)\b", "es": r"\b(un|una|unos|unas|el|la|los|las)\b",
+    "hi": "", "vi": r"\b(của|là|cái|chiếc|những)\b", "zh": "",
+}
+_CHINESE = re.compile("([\u4e00-\u9fa5])")
+
+@lru_cache(maxsize=1)
+def _all_punctuation() -> dict[int, None]:
+    """Every character of a Unicode category P, and ASCII punctuation, for `str.translate`."""
+    return dict.fromkeys([code for code in range(sys.maxunicode) if unicodedata.category(chr(code))[0] == "P"] + list(map(ord, string.punctuation)))
+
+def normalize_mlqa(
+    text: str,
+    language: str,  # of the answer
+) -> str:
+    """The form in which MLQA's scorer compares answers.
+
+    Raises: XtransferError for a language that MLQA does not have.
+    Source: facebookresearch/MLQA, mlqa_evaluation_v1.py, normalize_answer.
+    """
+    if language not in _MLQA_ARTICLES:
+        raise XtransferError(f"mlqa: there are no rules for answers in {language!r}{nearest(language, _MLQA_ARTICLES)}; MLQA's languages are: {', '.join(_MLQA_ARTICLES)}.")
+    text = text.lower().translate(_all_punctuation())
+    if _MLQA_ARTICLES[language]:
+        text = re.sub(_MLQA_ARTICLES[language], " ", text)
+    return " ".join((_CHINESE.sub(r" \1 ", text) if language == "zh" else text).split())
+
+def mlqa(
+    predictions: Sequence[str | None],  # answer texts; None: not answered
+    references: Sequence[Sequence[str]],  # gold answer texts, at least one each
+    language: str,  # of the answers: ar, de, en, es, hi, vi or zh
+) -> dict[str, float]:  # {"exact_match", "f1"}: 0..100
+    """Exact match and word F1 under the rules of MLQA for one language.
+
+    Raises: XtransferError for empty or misaligned input, an example without a gold answer, or a language that MLQA does not have.
+    Source: facebookresearch/MLQA, mlqa_evaluation_v1.py, evaluate; google-research/xtreme, third_party/evaluate_mlqa.py.
+    """
+    return _answer_scores("mlqa", predictions, references, partial(normalize_mlqa, language=language))
+
+# %% ../nbs/02_metrics.ipynb #e1f47e27
+def average_precision_at_k(
+    targets: Collection[Hashable],  # the right candidates
+    ranked: Sequence[Hashable],  # candidates, best first
+    k: int | None,  # only the first k count; None: all
+) -> float:  # 0..1
+    """Average precision of one ranking.
+
+    Raises: XtransferError when there is no right candidate, or k is below 1.
+    Source: google-research/xtreme, third_party/utils_lareqa.py, average_precision_at_k.
+    """
+    if not len(targets) or (k is not None and k < 1):
+        raise XtransferError(f"average precision needs at least one right candidate and a cut of 1 or more; there are {len(targets)} and the cut is {k}.")
+    wanted, hits, score = set(targets), 0, 0.0
+    for rank, candidate in enumerate(ranked[:k], start=1):
+        if candidate in wanted:
+            wanted.discard(candidate)
+            hits += 1
+            score += hits / rank
+    return score / min(len(targets), k or len(targets))
+
+def mean_average_precision(
+    predictions: Sequence[Sequence[Hashable]],  # one ranking a question, best first; [] scores 0
+    references: Sequence[Collection[Hashable]],  # the right candidates of each
+    k: int | None = 20,  # cut; None: none
+) -> dict[str, float]:  # {"map@20"}, or {"map"} without a cut: 0..100
+    """Mean average precision over questions; the score of LAReQA and, with one right candidate each, of Mewsli-X.
+
+    Raises: XtransferError for empty or misaligned input, or a question without a right candidate.
+    Source: google-research/xtreme, third_party/utils_lareqa.py, mean_avg_prec_at_k; third_party/utils_mewslix.py, evaluate.
+    """
+    name = "map" if k is None else f"map@{k}"
+    _check_aligned(name, predictions, references)
+    for row, (ranked, targets) in enumerate(zip(predictions, references)):
+        if isinstance(ranked, str) or isinstance(targets, str):
+            raise XtransferError(f"{name}: example {row} has a text where a list of candidates is needed: {ranked if isinstance(ranked, str) else targets!r}.")
+    return {name: _percent(sum(average_precision_at_k(t, p, k) for p, t in zip(predictions, references)), len(references))}
+
 # %% ../nbs/02_metrics.ipynb #0480032c
 def pair_f1(
     predictions: Collection[Sequence[Hashable]],  # (source id, target id); order and repetition do not matter
@@ -220,17 +324,30 @@ def pair_f1(
         raise XtransferError("pair_f1: there is no gold pair to find.")
     return _f1_scores(len(found & gold), len(found), len(gold))
 
-# %% ../nbs/02_metrics.ipynb #5ca6d666
+# %% ../nbs/02_metrics.ipynb #7c2a2f73
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """A scoring function and what its result means."""
 
     name: str
-    compute: Callable[[Any, Any], dict[str, float]]  # (predictions, references) -> {key: 0..100}
+    compute: Callable[..., dict[str, float]]  # (predictions, references) or, by language, (predictions, references, language) -> {key: 0..100}
     keys: tuple[str, ...]  # of the result
-    form: Literal["label", "tags", "answer", "pairs"]  # what one prediction is
+    form: Literal["label", "tags", "answer", "pairs", "ranking"]  # what one prediction is
+    by_language: bool = False  # whether the rules depend on the language
     higher_is_better: bool = True
     source: str  # the official scorer that it equals
+
+    def score(
+        self,
+        predictions: Any,
+        references: Any,
+        language: str = "",  # of the examples; needed where by_language
+    ) -> dict[str, float]:  # {key: 0..100}
+        """Score predictions of one language.
+
+        Raises: XtransferError for input that cannot be scored, or a language without rules.
+        """
+        return self.compute(predictions, references, language) if self.by_language else self.compute(predictions, references)
 
 METRICS: Registry[Metric] = Registry("metric")
 for _metric in (
@@ -239,12 +356,15 @@ for _metric in (
     Metric(name="chunk_f1", compute=chunk_f1, keys=("f1", "precision", "recall"), form="tags", source="seqeval 0.0.12, f1_score"),
     Metric(name="squad", compute=squad, keys=("exact_match", "f1"), form="answer", source="SQuAD evaluate-v1.1.py"),
     Metric(name="squad_v2", compute=squad_v2, keys=("exact_match", "f1"), form="answer", source="SQuAD evaluate-v2.0.py"),
+    Metric(name="mlqa", compute=mlqa, keys=("exact_match", "f1"), form="answer", by_language=True, source="MLQA mlqa_evaluation_v1.py"),
+    Metric(name="map@20", compute=mean_average_precision, keys=("map@20",), form="ranking", source="xtreme utils_lareqa.py, mean_avg_prec_at_k; evaluate.py, mewslix_map20"),
+    Metric(name="map", compute=partial(mean_average_precision, k=None), keys=("map",), form="ranking", source="xtreme utils_lareqa.py, mean_avg_prec_at_k without a cut"),
     Metric(name="retrieval_accuracy", compute=retrieval_accuracy, keys=("accuracy",), form="label", source="xtreme evaluate.py, tatoeba"),
     Metric(name="pair_f1", compute=pair_f1, keys=("f1", "precision", "recall"), form="pairs", source="xtreme evaluate.py, bucc_f1"),
 ):
     METRICS.register(_metric)
 
-# %% ../nbs/02_metrics.ipynb #1d70dbc8
+# %% ../nbs/02_metrics.ipynb #fc3aef56
 def as_evaluate(
     name: str,  # of a registered metric
 ) -> Any:  # evaluate.Metric
@@ -254,7 +374,7 @@ def as_evaluate(
 
     metric = METRICS[name]
     text, texts = datasets.Value("string"), datasets.Sequence(datasets.Value("string"))
-    columns = {"label": (text, text), "tags": (texts, texts), "answer": (text, texts), "pairs": (datasets.Sequence(texts),) * 2}[metric.form]
+    columns = {"label": (text, text), "tags": (texts, texts), "answer": (text, texts), "ranking": (texts, texts), "pairs": (datasets.Sequence(texts),) * 2}[metric.form]
     accepted = [columns, (datasets.Value("int64"),) * 2] if metric.form == "label" else [columns]
     features = [datasets.Features({"predictions": predicted, "references": gold}) for predicted, gold in accepted]
 
@@ -264,9 +384,9 @@ def as_evaluate(
         def _info(self) -> Any:
             return evaluate.MetricInfo(description=f"{name}, equal to {metric.source}", citation="", inputs_description="", features=features)
 
-        def _compute(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
+        def _compute(self, predictions: list[Any], references: list[Any], language: str = "") -> dict[str, float]:
             if metric.form == "pairs":
                 predictions, references = ([(row, *pair) for row, pairs in enumerate(side) for pair in pairs] for side in (predictions, references))
-            return metric.compute(predictions, references)
+            return metric.score(predictions, references, language)
 
     return OfflineMetric(config_name=name, keep_in_memory=True)

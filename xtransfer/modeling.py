@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GROUPED', 'HEADS', 'HEADS_NAME', 'LengthGroups', 'grouped_attention', 'load_tokenizer', 'load_encoder',
-           'SequenceHead', 'ChoiceHead', 'TokenHead', 'SpanHead', 'MaskedLMHead', 'StageModel', 'save_checkpoint',
-           'load_heads']
+           'SequenceHead', 'ChoiceHead', 'TokenHead', 'SpanHead', 'MaskedLMHead', 'DualEncoderHead', 'StageModel',
+           'save_checkpoint', 'load_heads']
 
-# %% ../nbs/16_modeling.ipynb #bdda3bf4
+# %% ../nbs/16_modeling.ipynb #39ce06c6
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def load_encoder(
         raise XtransferError(f"the checkpoint {name} does not fit backbone {backbone.name}: hidden size {width} for {backbone.hidden_size}, {words} embeddings for {len(tokenizer)} tokens.")
     return encoder
 
-# %% ../nbs/16_modeling.ipynb #dc6f3b7b
+# %% ../nbs/16_modeling.ipynb #e33655b8
 def _first_tokens(batch: Batch, device: torch.device) -> torch.Tensor:
     """Positions of each sequence's first token in the flat row, int64 [sequences]."""
     lengths = torch.tensor(batch.lengths)
@@ -201,7 +201,31 @@ class MaskedLMHead(nn.Module):
         logits = F.linear(self.norm(F.gelu(self.dense(states[masked]))), table, self.bias).float()
         return F.cross_entropy(logits, batch.targets["masked"][masked]), logits
 
-HEADS = {"sequence_classification": SequenceHead, "multiple_choice": ChoiceHead, "token_classification": TokenHead, "span_extraction": SpanHead, "masked_lm": MaskedLMHead}
+# %% ../nbs/16_modeling.ipynb #ecbdd0e2
+class DualEncoderHead(nn.Module):
+    """First token -> dense, tanh -> unit vector; softmax over the batch's candidates.
+
+    Source: google-research/xtreme, third_party/bert.py, BertForRetrieval.
+    """
+
+    def __init__(self, hidden_size: int, outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.dense, self.scale = nn.Linear(hidden_size, hidden_size), nn.Parameter(torch.tensor([100.0]))  # cosines are small differences, so they are scaled up
+
+    def vectors(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """A unit vector of each sequence, [sequences, hidden size]."""
+        return F.normalize(torch.tanh(self.dense(states[_first_tokens(batch, states.device)])).float(), dim=1)
+
+    def forward(self, states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        vectors = self.vectors(states, batch)
+        pairs = torch.empty(batch.examples, 2, vectors.shape[1], device=states.device).index_put((batch.example, batch.within), vectors)
+        relevant, own = batch.targets["relevant"], torch.arange(batch.examples, device=states.device)
+        right = (relevant[:, :, None] == relevant[None, None, :, 0]).any(1) & (own[:, None] != own)  # [queries, candidates]: right, but another query's
+        logits = (self.scale * pairs[:, 0] @ pairs[:, 1].T).masked_fill(right, -torch.inf)
+        return F.cross_entropy(logits, own), logits
+
+HEADS = {"sequence_classification": SequenceHead, "multiple_choice": ChoiceHead, "token_classification": TokenHead, "span_extraction": SpanHead, "masked_lm": MaskedLMHead,
+         "ranked_retrieval": DualEncoderHead}
 
 # %% ../nbs/16_modeling.ipynb #6ffaa6c0
 class StageModel(nn.Module):
@@ -272,7 +296,7 @@ class StageModel(nn.Module):
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=states.device), lengths)
         return torch.zeros(len(lengths), states.shape[1], device=states.device).index_add(0, owner, states) / lengths[:, None]
 
-# %% ../nbs/16_modeling.ipynb #1c48128f
+# %% ../nbs/16_modeling.ipynb #e7359ea1
 HEADS_NAME = "heads.safetensors"
 
 def save_checkpoint(
@@ -295,18 +319,21 @@ def save_checkpoint(
 def load_heads(
     model: StageModel,
     folder: str | Path,
-    names: Sequence[str],  # heads that are wanted
+    names: Sequence[str] | Mapping[str, str],  # heads that are wanted; or by head the stored one that it goes on from
 ) -> list[str]:  # heads that were found and loaded
-    """Load the named heads from a checkpoint, where it has them."""
+    """Load the named heads from a checkpoint, where it has them.
+
+    Raises: XtransferError when a stored head has another shape.
+    """
     path = Path(folder) / HEADS_NAME
     if not path.exists():
         return []
     stored, loaded = load_file(path), []
-    for name in names:
-        part = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")}
+    for name, origin in (names if isinstance(names, Mapping) else {name: name for name in names}).items():
+        part = {key.removeprefix(f"{origin}."): value for key, value in stored.items() if key.startswith(f"{origin}.")}
         wanted = {key: value.shape for key, value in model.heads[name].state_dict().items()}
         if part and {key: value.shape for key, value in part.items()} != wanted:
-            raise XtransferError(f"the head {name} in {path} has another shape than the task asks for; it was trained with other labels.")
+            raise XtransferError(f"the head {origin} in {path} has another shape than task {name} asks for; it was trained with other labels.")
         if part:
             model.heads[name].load_state_dict(part)
             loaded.append(name)

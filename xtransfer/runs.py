@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'template_path', 'check_parameters', 'run_parameters', 'Busy', 'work_folder', 'run_status', 'has_checkpoint',
-           'execute', 'Work', 'remaining', 'estimate_seconds', 'gpu_count', 'gpu_of_worker', 'worker_count',
-           'check_writable', 'Outcome', 'format_duration', 'run_study']
+           'execute', 'check_same_data', 'Work', 'remaining', 'estimate_seconds', 'gpu_count', 'gpu_of_worker',
+           'worker_count', 'check_writable', 'Outcome', 'format_duration', 'run_study']
 
-# %% ../nbs/21_runs.ipynb #e1ec2e52
+# %% ../nbs/21_runs.ipynb #fd3f2d4c
 import datetime
 import os
 import shutil
@@ -25,8 +25,10 @@ from filelock import FileLock, Timeout
 
 from .backbones import BACKBONES
 from .core import XtransferError, nearest, package_folder, plain, read_json, write_json
-from .records import NOTEBOOK_NAME, RECORD_NAME, Record, Score, environment, read_record, run_folder
+from .records import NOTEBOOK_NAME, RECORD_NAME, Record, Score, environment, read_record, run_folder, study_records
+from .sources import DATA_VARIABLE, data_folder, resolved_revision
 from .studies import TEMPLATES, Run, Study
+from .tasks import TASKS
 
 # %% ../nbs/21_runs.ipynb #b6d1a8d1
 def template_path(
@@ -160,7 +162,7 @@ def _strip_paths(notebook: Path) -> None:
         content.metadata.get("papermill", {}).pop(key, None)
     nbformat.write(content, notebook)
 
-# %% ../nbs/21_runs.ipynb #8efce771
+# %% ../nbs/21_runs.ipynb #350366d0
 _stopping = threading.Event()  # set while the user's interrupt ends the notebooks
 
 def _run_notebook(run: Run, work: Path, parameters: Mapping[str, Any], extra: Mapping[str, str]) -> None:
@@ -176,7 +178,8 @@ def _run_notebook(run: Run, work: Path, parameters: Mapping[str, Any], extra: Ma
 
     use_warm_kernels()
     threads = str(parameters["threads"])
-    around = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false" if threads == "1" else "true"} | dict(extra)
+    around = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false" if threads == "1" else "true",
+              DATA_VARIABLE: str(data_folder())} | dict(extra)
     notebook = work / NOTEBOOK_NAME
     try:
         papermill.execute_notebook(str(template_path(run.template)), str(notebook), parameters=dict(parameters), engine_name=ENGINE, kernel_name="python3", progress_bar=False,
@@ -190,6 +193,7 @@ def _run_notebook(run: Run, work: Path, parameters: Mapping[str, Any], extra: Ma
     except OSError as error:
         raise XtransferError(f"run {run.id} cannot write its notebook {notebook}: {error.strerror or error}.") from error
 
+# %% ../nbs/21_runs.ipynb #54bd6555
 def execute(
     run: Run,
     outputs: str | Path,  # folder of records
@@ -235,6 +239,26 @@ def _note_failure(work: Path, message: str) -> None:
         (work / "error.txt").write_text(message + "\n")
     except OSError:
         pass
+
+# %% ../nbs/21_runs.ipynb #7c5ba2ce
+def check_same_data(
+    study: Study,
+    outputs: str | Path,
+) -> None:
+    """Compare the data of a study's finished runs with what would be read now.
+
+    Raises: XtransferError naming the first data set of which there are two versions.
+    """
+    names = dict.fromkeys(name for run in study.plan() for name in (*run.stage.train, *run.stage.score))
+    now = {name: {s.repo: resolved_revision(s) for s in TASKS[name].sources if s.repo != "generated"} for name in names}
+    if not any(now.values()):
+        return
+    for record in study_records(study, outputs)[0].values():
+        for data in record.data:
+            versions = now.get(data["task"], {})
+            then, current = data["revision"], ", ".join(versions.values())
+            if data["repo"] == ", ".join(versions) and then != current and "main" not in (then, current):
+                raise XtransferError(f"{data['repo']} would be read at {current}, but run {record.run} in {outputs} read it at {then}; give another --outputs folder, or the data folder that those runs had.")
 
 # %% ../nbs/21_runs.ipynb #37b45168
 @dataclass(frozen=True, kw_only=True)
@@ -327,7 +351,7 @@ def format_duration(seconds: float) -> str:
     """Seconds as people say them."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
-# %% ../nbs/21_runs.ipynb #4f91b250
+# %% ../nbs/21_runs.ipynb #3b784f30
 def run_study(
     study: Study,
     outputs: str | Path,
@@ -339,12 +363,13 @@ def run_study(
 ) -> Outcome:
     """Execute every run of a study that is not finished.
 
-    Raises: KeyboardInterrupt after the notebooks were stopped.
+    Raises: KeyboardInterrupt after the notebooks were stopped; XtransferError when finished runs read other data.
     """
-    cores = os.cpu_count() or 1
     workers = workers or worker_count()
-    threads = threads or max(1, cores // workers)
+    threads = threads or max(1, (os.cpu_count() or 1) // workers)
     waiting, outcome, spent = remaining(study, outputs, keep_checkpoints), Outcome(), {}
+    if waiting:
+        check_same_data(study, outputs)
     def expected(template: str) -> float:  # seconds of a run: what such runs took here, else the study's reference, else what any run took
         took = spent.get(template) or [study.reference_seconds.get(template) or statistics.fmean(s for group in spent.values() for s in group)]
         return statistics.fmean(took)

@@ -215,7 +215,7 @@ class StudyDeclaration:
 
 STUDIES: Registry[StudyDeclaration] = Registry("study")
 
-# %% ../nbs/09_studies.ipynb #e062e87f
+# %% ../nbs/09_studies.ipynb #5708072b
 def intermediate_cells(
     backbone: str,
     arms: Mapping[str, tuple[Stage, ...]],  # arm -> the stages between the start and the target, for seed 0; () is the baseline
@@ -225,25 +225,34 @@ def intermediate_cells(
     pretraining: Stage | None = None,  # the first stage when the backbone starts from random weights
     retrieval_recipe: Recipe | None = None,  # its max_length is used; required with `untrained`
     exceptions: Mapping[str, Mapping[str, Any]] | None = None,  # target -> fields of its Stage that differ, such as score_splits or languages
+    preparations: Mapping[str, tuple[Stage, ...]] | None = None,  # target, trained or not -> stages between the arm and it
 ) -> tuple[Cell, ...]:
     """Every combination of arm, target and seed as a run.
 
     Raises: XtransferError when a target names no training task, or a task to be scored untrained needs training.
     """
+    exceptions, preparations = exceptions or {}, preparations or {}
+    for target in targets:
+        if TASKS[target].trains_on is None:
+            raise XtransferError(f"target {target} declares no training task; list it as untrained.")
+    for target in untrained:
+        if TASKS[target].format not in UNTRAINED_FORMATS:
+            raise XtransferError(f"task {target} has the format {TASKS[target].format}, which needs training; list it as a target.")
+    for target in untrained:
+        if TASKS[target].format not in UNTRAINED_FORMATS:
+            raise XtransferError(f"task {target} has the format {TASKS[target].format}, which needs training; list it as a target.")
+    shared: dict[str, list[str]] = {}  # what is trained before scoring -> the targets that are scored together
+    for target in (*targets, *untrained):
+        same = [TASKS[target].trains_on, targets.get(target), exceptions.get(target, {}), preparations.get(target, ())]
+        shared.setdefault(digest(same), []).append(target)
     cells = []
-    for (arm, stages), seed in product(arms.items(), seeds):
-        before = tuple(replace(stage, seed=seed) for stage in ((pretraining,) if pretraining else ()) + tuple(stages))
-        for target, recipe in targets.items():
-            if TASKS[target].trains_on is None:
-                raise XtransferError(f"target {target} declares no training task; list it as untrained.")
-            last = Stage(train=(TASKS[target].trains_on,), score=(target,), recipe=recipe, seed=seed, **(exceptions or {}).get(target, {}))
-            cells.append(Cell(arm=arm, target=target, seed=seed, run=Run(backbone=backbone, stages=(*before, last))))
-        for target in untrained:
-            if TASKS[target].format not in UNTRAINED_FORMATS:
-                raise XtransferError(f"task {target} has the format {TASKS[target].format}, which needs training; list it as a target.")
-        if untrained:
-            last = Stage(score=untrained, recipe=retrieval_recipe, seed=seed)
-            cells.extend(Cell(arm=arm, target=target, seed=seed, run=Run(backbone=backbone, stages=(*before, last))) for target in untrained)
+    for (arm, stages), seed, together in product(arms.items(), seeds, shared.values()):
+        first = together[0]
+        train = (TASKS[first].trains_on,) if first in targets else ()
+        last = Stage(train=train, score=tuple(together), recipe=targets.get(first) or retrieval_recipe, seed=seed, **exceptions.get(first, {}))
+        before = [replace(stage, seed=seed) for stage in (*((pretraining,) if pretraining else ()), *stages, *preparations.get(first, ()))]
+        run = Run(backbone=backbone, stages=(*before, last))
+        cells.extend(Cell(arm=arm, target=target, seed=seed, run=run) for target in together)
     return tuple(cells)
 
 # %% ../nbs/09_studies.ipynb #0de03777

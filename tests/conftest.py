@@ -35,10 +35,13 @@ def toys():
         registry._entries = entries
 
 
+MAIN = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from xtransfer.cli import main; sys.exit(main())"
+
+
 def command(*arguments, environment=None):
-    """The command line in a process group of its own, as an open process."""
+    """The command line in a process group of its own, as an open process; it hears Ctrl-C even where the tests themselves run in the background, whose children ignore it."""
     around = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE")} | {"OMP_NUM_THREADS": "1"} | (environment or {})
-    return subprocess.Popen([sys.executable, "-c", "import sys; from xtransfer.cli import main; sys.exit(main())", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-c", MAIN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=around, start_new_session=True)
 
 

@@ -157,7 +157,8 @@ def test_sentence_vectors_are_means_over_the_stock_models_layer(toys, tokenizer,
     model = model_of(initializer_range=0.3).eval()
     model.encoder.save_pretrained(tmp_path)
     stock, sentences = AutoModel.from_pretrained(tmp_path).eval(), ["a bc", "h", "a bc", "ggg fff e d c b a"]
-    found = sentence_vectors(model, tokenizer, sentences, 1, 32)
+    found, truncated = sentence_vectors(model, tokenizer, sentences, 1, 32)
+    assert truncated == 0 and sentence_vectors(model, tokenizer, sentences, 1, 4)[1] > 0
     for sentence, vector in zip(sentences, found):
         with torch.no_grad():
             states = stock(**tokenizer(sentence, return_tensors="pt"), output_hidden_states=True).hidden_states[1][0]

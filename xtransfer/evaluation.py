@@ -245,7 +245,7 @@ def make_evaluator(tokenizer: Any, task: Task, trained: Task, examples: Sequence
         return RankedEvaluator(tokenizer, task, trained, examples, recipe, languages)
     return Evaluator(tokenizer, task, trained, [part for part in examples if languages is None or part.language in languages], recipe)
 
-# %% ../nbs/18_evaluation.ipynb #85bd20b6
+# %% ../nbs/18_evaluation.ipynb #855edfbe
 @torch.no_grad()
 def sentence_vectors(
     model: StageModel,
@@ -253,7 +253,7 @@ def sentence_vectors(
     sentences: Sequence[str],
     layer: int,  # index into hidden_states
     max_length: int,  # tokens
-) -> np.ndarray:  # float32 [sentences, hidden size]
+) -> tuple[np.ndarray, int]:  # float32 [sentences, hidden size], and how many distinct sentences were cut to max_length
     """Mean-pooled vectors of sentences, each distinct one encoded once."""
     distinct = list(dict.fromkeys(sentences))
     encoded = encode_sentences(tokenizer, distinct, max_length)
@@ -263,7 +263,7 @@ def sentence_vectors(
         batch = make_batch(encoded, examples)
         vectors[batch.sequence] = model.embed(batch.to(model.encoder.device), layer).cpu().numpy()
     place = {sentence: i for i, sentence in enumerate(distinct)}
-    return vectors[[place[s] for s in sentences]]
+    return vectors[[place[s] for s in sentences]], encoded.truncated
 
 def normalized(
     vectors: np.ndarray,  # [n, size]

@@ -164,14 +164,17 @@ def terminal_table(findings: Findings) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
-# %% ../nbs/14_report.ipynb #93bae7f3
+# %% ../nbs/14_report.ipynb #5186c98b
 def _data_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
     """What was used of each task and split, over all languages.
 
     Development data that only chose a checkpoint are shown as such: a recipe asks for as many as it needs, and no score rests on them, so they are not counted as capped.
     """
     entries: dict[Any, Mapping[str, Any]] = {}
+    cut: dict[str, int] = {}  # "task/split" -> examples of which a run cut something off
     for record in records:
+        for name, count in (record.training.get("truncated") or {}).items():
+            cut[name] = max(count, cut.get(name, 0))
         scored = {(score.task, score.split) for score in record.scores}
         for d in record.data:
             chooses = d["split"] == "dev" and (d["task"], "dev") not in scored and TASKS[d["task"]].format not in UNTRAINED_FORMATS
@@ -185,7 +188,8 @@ def _data_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
         sizes, full = [d["rows"] for d in used], [d.get("expected") or d.get("available") or 0 for d in used]
         rows.append({"task": task, "split": split, "languages": len({d["language"] for d in used}), "rows": f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}",
                      "full": f"{min(full):,}" if min(full) == max(full) else f"{min(full):,} to {max(full):,}", "capped": sorted({d["language"] for d in used if d["capped"]}),
-                     "repaired": sum(d.get("repaired") or 0 for d in used), "dropped": sum(d.get("dropped") or 0 for d in used), "note": "; ".join(sorted({d["note"] for d in used if d["note"]}))})
+                     "repaired": sum(d.get("repaired") or 0 for d in used), "dropped": sum(d.get("dropped") or 0 for d in used), "unlabelled": sum(d.get("unlabelled") or 0 for d in used),
+                     "cut": cut.get(f"{task}/{split}", 0), "note": "; ".join(sorted({d["note"] for d in used if d["note"]}))})
     return rows
 
 def _environments(records: Iterable[Record]) -> list[dict[str, Any]]:

@@ -126,7 +126,7 @@ def log_rows(step: Step) -> list[dict[str, Any]]:
     path = next(p for p in (step.folder / TRAINING_NAME / LOG_NAME, step.folder / LOG_NAME) if p.exists())
     return [json.loads(line) for line in path.read_text().splitlines()]
 
-# %% ../nbs/19_steps.ipynb #1246543d
+# %% ../nbs/19_steps.ipynb #06b120c1
 def scored_languages(stage: Stage, task: Task) -> tuple[str, ...]:
     """The languages of a task that a stage scores.
 
@@ -165,7 +165,7 @@ def _score_untrained(step: Step, task: Task) -> None:
         dev = parts if split == "dev" or not mining else [step.examples(task, language, "dev", step.stage.score_limit) for language in scored_languages(step.stage, task)]
         columns = ("text",) if mining else ("query", "document")
         sentences = list(dict.fromkeys(row[column] for part in (*parts, *dev) for row in part.rows for column in columns))
-        matrix = sentence_vectors(step.model, step.tokenizer, sentences, step.backbone.retrieval_layer, step.stage.recipe.max_length)
+        matrix, step.truncated[f"{task.name}/{split}"] = sentence_vectors(step.model, step.tokenizer, sentences, step.backbone.retrieval_layer, step.stage.recipe.max_length)
         place = {sentence: i for i, sentence in enumerate(sentences)}
         def vectors(wanted: Sequence[str], matrix: np.ndarray = matrix, place: Mapping[str, int] = place) -> np.ndarray:
             return matrix[[place[sentence] for sentence in wanted]]

@@ -63,7 +63,7 @@ class FoundLabels(Sequence[str]):
     def index(self, name: str, *bounds: int) -> int:
         return self._names.index(name, *bounds) if bounds else self._places[name]
 
-# %% ../nbs/03_tasks.ipynb #c0287ce8
+# %% ../nbs/03_tasks.ipynb #211da52f
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One task: data, format, metrics. Functions are covered by `version`, not by the digest."""
@@ -80,7 +80,7 @@ class Task:
     trains_on: str | None = None  # task with the English training data and the head; None: not trained
     train_languages: tuple[str, ...] = ("en",)
     expected_rows: Mapping[str, int] = field(default_factory=dict)  # "train" or "de/test" -> published number of rows
-    version: int = 1  # raise it when load or read change what they return
+    version: int = 1  # raise it when load or read return something else, or when it is scored in another way
     continues: str | None = None  # task whose head, trained in an earlier stage, this task's head starts from
     language_temperature: float | None = None  # training languages are drawn with p proportional to n ** (1 / T); None: as many rows as each has
     description: str = ""

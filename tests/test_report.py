@@ -234,3 +234,11 @@ def test_no_torch():
 
 def test_missing_words():
     assert interval_words({"gain": float("nan")}) == "missing" and interval_words({"gain": 1.0, "low": float("nan"), "high": float("nan")}) == "+1.0"
+
+
+def test_what_a_target_needs_before_it_is_not_the_arms():
+    import xtransfer.catalogue  # noqa: F401
+    from xtransfer.studies import STUDIES
+
+    arms = arm_tasks(STUDIES["stilts-xtreme-r"].build("paper"))  # XCOPA comes after Social IQa, Tatoeba after SQuAD
+    assert arms["none"] == () and arms["hellaswag"] == ("hellaswag",) and len(arms["multi"]) == 9

@@ -72,7 +72,7 @@ _GAINS = """
 <figcaption>Rings: the mean over zero-shot languages of each seed. Diamond and bar: gain and interval. Pretraining, where it is part of the study, varies with the seed.</figcaption></figure>
 """
 
-# %% ../nbs/13a_page.ipynb #221979d7
+# %% ../nbs/13a_page.ipynb #61842150
 _LEVELS = """
 <h2>Absolute scores</h2><div class="wide"><table><caption>Zero-shot mean over languages, ± standard deviation over seeds; below it English, and the gap to it. A gain means little at floor or ceiling.</caption>
 <thead><tr><th>arm</th>{% for target in targets %}<th class="n">{{ target }}<br><span class="soft small">{{ measures[target] }}</span></th>{% endfor %}</tr></thead><tbody>
@@ -90,7 +90,7 @@ _LEVELS = """
 
 _LANGUAGES_PART = """
 <h2>Language by language</h2>{% for name in distance_figures %}<figure>{{ figure(name, "Scores per language and arm, one panel per target") }}
-{% if loop.last %}<figcaption>Line: no intermediate training. Dots: arms, mean over seeds. Languages from near to far from English ({{ study.distance }} distance below the code).</figcaption>{% endif %}</figure>{% endfor %}
+{% if loop.last %}<figcaption>Line: no intermediate training. Dots: arms, mean over seeds. Languages from near to far from English ({{ study.distance }} distance; below the code where there is room, and in the table of languages).</figcaption>{% endif %}</figure>{% endfor %}
 <div class="wide"><table><caption>The languages.</caption><thead><tr><th>code</th><th>language</th><th>family</th><th>script</th><th class="n">{{ study.distance }} distance</th></tr></thead><tbody>
 {% for l in language_rows %}<tr><td>{{ l.code }}</td><td>{{ l.name }}</td><td>{{ l.family }}</td><td>{{ l.script }}</td><td class="n">{{ l.distance }}</td></tr>{% endfor %}</tbody></table></div>
 <div class="wide"><table><caption>Negative transfer: the share of target–language combinations whose mean gain over seeds is below zero (one half is what no effect gives), and the worst of them.</caption><thead><tr><th>arm</th><th class="n">below zero</th><th class="n">combinations</th><th>worst</th><th class="n">gain there</th></tr></thead><tbody>

@@ -24,7 +24,7 @@ from .records import NOTEBOOK_NAME, Record, load_records, run_folder, study_reco
 from .studies import Run, Study
 from .tasks import TASKS, UNTRAINED_FORMATS
 
-# %% ../nbs/14_report.ipynb #c2b1d163
+# %% ../nbs/14_report.ipynb #5459981a
 @dataclass(frozen=True, kw_only=True)
 class Findings:
     """Every table of a report."""
@@ -44,9 +44,12 @@ class Findings:
     same_kind: frozenset[tuple[str, str]]  # (arm, target): the arm trains on a task of the target's own kind
 
 def arm_tasks(study: Study) -> dict[str, tuple[str, ...]]:
-    """What each arm trains on between the common start and the target."""
+    """What each arm trains on between the common start and all of its targets; what only some targets need before them is not the arm's."""
     start = min(len(cell.run.stages) for cell in study.cells) - 1
-    return {cell.arm: tuple(dict.fromkeys(task for stage in cell.run.stages[start:-1] for task in stage.train)) for cell in study.cells}
+    paths: dict[str, list[list[tuple[str, ...]]]] = {}
+    for cell in study.cells:
+        paths.setdefault(cell.arm, []).append([stage.train for stage in cell.run.stages[start:-1]])
+    return {arm: tuple(dict.fromkeys(task for train in os.path.commonprefix(found) for task in train)) for arm, found in paths.items()}
 
 def _same_kind(study: Study) -> frozenset[tuple[str, str]]:
     """The combinations in which a gain may simply come from more English data of the target's own kind."""

@@ -189,6 +189,17 @@ def test_example_of_the_readme_is_accepted(tmp_path):
     assert "12 runs, 12 to execute" in planned and "world-xlmr-1/" in planned
 
 
+def test_data_set_of_the_readme_is_read(tmp_path):
+    (example,) = re.findall(r"<!-- example: news.py -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "news.py").write_text(example)
+    folder = tmp_path / "data" / "me" / "news" / "sw"
+    folder.mkdir(parents=True)
+    for split, rows in {"train": 4, "validation": 2, "test": 2}.items():
+        (folder / f"{split}.csv").write_text("headline,body,category\n" + "Habari,\"Maandishi, ya leo\",sports\n" * rows)
+    shown = run(sys.executable, "-c", "import sys; from xtransfer.cli import main; sys.exit(main())", "show", "news_sw", "sw", "--declare", str(tmp_path / "news.py"), "--data", str(tmp_path / "data"), cwd=ROOT)
+    assert "2 rows of 200 published (local copy of me/news)" in shown and "Maandishi, ya leo" in shown
+
+
 def required(lines):
     return {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in lines}
 

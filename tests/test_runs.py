@@ -95,6 +95,8 @@ def test_every_template_leaves_a_complete_record(everything, toys):
         assert all(c["execution_count"] for c in notebook["cells"] if c["cell_type"] == "code") and str(folder) not in json.dumps(notebook["metadata"])
         assert {p.name for p in place.iterdir()} <= {NOTEBOOK_NAME, RECORD_NAME, "predictions.parquet", "log.jsonl", "checkpoint"}
         assert (place / "checkpoint").exists() == any(other.parent and other.parent.digest == run.digest for other in study.plan())
+    read = next(cell.run for cell in study.cells if cell.target == "toy_retrieval")
+    assert read.parent.stage.score == ("toy_tags",) and read.parent.id in records, "a target that trains the same is the preparation"
     assert not list(folder.glob("*/.work-*"))
     table = load_records(study, folder)
     assert set(table["arm"]) == {"none", "multi"} and not table["value"].isna().any()

@@ -138,7 +138,8 @@ def study(profile, arms, targets, untrained):
     """The toy study of one profile."""
     stages = {"none": (), "qa": (Stage(train=("toy_qa",), recipe=RECIPE, seed=0),),
               "multi": (Stage(train=("toy_qa2", "toy_choice", "toy_tags", "toy_text"), recipe=RECIPE, mixing=Mixing(kind="uniform"), seed=0),)}
-    cells = intermediate_cells("toy-encoder", {a: stages[a] for a in arms}, {t: RECIPE for t in targets}, untrained, (0,), Stage(train=("toy_text",), recipe=RECIPE, seed=0), RECIPE)
+    tagged = {"toy_retrieval": (Stage(train=("toy_tags",), recipe=RECIPE, seed=0),)}  # read from the model that was trained for the target toy_tags
+    cells = intermediate_cells("toy-encoder", {a: stages[a] for a in arms}, {t: RECIPE for t in targets}, untrained, (0,), Stage(train=("toy_text",), recipe=RECIPE, seed=0), RECIPE, preparations=tagged)
     return Study(name="toys", profile=profile, question="Does a toy help?", cells=cells, contrasts=tuple(Contrast(treatment=a, baseline="none") for a in arms if a != "none"), distance="syntactic")
 
 

@@ -215,7 +215,7 @@ class StudyDeclaration:
 
 STUDIES: Registry[StudyDeclaration] = Registry("study")
 
-# %% ../nbs/09_studies.ipynb #5708072b
+# %% ../nbs/09_studies.ipynb #e483f54f
 def intermediate_cells(
     backbone: str,
     arms: Mapping[str, tuple[Stage, ...]],  # arm -> the stages between the start and the target, for seed 0; () is the baseline
@@ -245,13 +245,14 @@ def intermediate_cells(
     for target in (*targets, *untrained):
         same = [TASKS[target].trains_on, targets.get(target), exceptions.get(target, {}), preparations.get(target, ())]
         shared.setdefault(digest(same), []).append(target)
+    lasts = {together[0]: Stage(train=(TASKS[together[0]].trains_on,) if together[0] in targets else (), score=tuple(together), recipe=targets.get(together[0]) or retrieval_recipe, seed=0,
+                                **exceptions.get(together[0], {})) for together in shared.values()}
+    trained = {digest([last.train, last.recipe]): last for first, last in lasts.items() if last.train and first not in preparations}
     cells = []
     for (arm, stages), seed, together in product(arms.items(), seeds, shared.values()):
-        first = together[0]
-        train = (TASKS[first].trains_on,) if first in targets else ()
-        last = Stage(train=train, score=tuple(together), recipe=targets.get(first) or retrieval_recipe, seed=seed, **exceptions.get(first, {}))
-        before = [replace(stage, seed=seed) for stage in (*((pretraining,) if pretraining else ()), *stages, *preparations.get(first, ()))]
-        run = Run(backbone=backbone, stages=(*before, last))
+        prepared = [trained.get(digest([stage.train, stage.recipe]), stage) for stage in preparations.get(together[0], ())]  # a target that trains the same is the preparation
+        path = (*((pretraining,) if pretraining else ()), *stages, *prepared, lasts[together[0]])
+        run = Run(backbone=backbone, stages=tuple(replace(stage, seed=seed) for stage in path))
         cells.extend(Cell(arm=arm, target=target, seed=seed, run=run) for target in together)
     return tuple(cells)
 

@@ -196,6 +196,7 @@ def test_an_empty_file_of_mined_pairs_scores_0(tmp_path):
 
 REFUSED = {
     "lines": ("xnli", "neutral\n", "neutral\nneutral\n", r"xnli, language de: 1 lines of predictions in .*test-de.tsv for 2 labels"),
+    "blank labels": ("xnli", "neutral\nneutral\n", "neutral\n\n", "line 2 of .*labels.* is blank, and 1 of its 2 lines are"),
     "blank line": ("xnli", "neutral\n\n", "neutral\n", "line 2 of the predictions is blank"),
     "label": ("xnli", "neutral\nentailement\n", "neutral\nneutral\n", "line 2 of .* is 'entailement'; did you mean 'entailment'.*accepted: contradiction, entailment, neutral"),
     "header": ("pawsx", "label\n1\n", "0\n1\n", "line 1 of .* is 'label'.*accepted: 0, 1"),

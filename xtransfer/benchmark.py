@@ -135,7 +135,7 @@ def read_tags(
             sentence, begin = [], number + 1
     return (sentences + [sentence], begins + [begin]) if sentence else (sentences, begins)
 
-# %% ../nbs/14a_benchmark.ipynb #d113b58a
+# %% ../nbs/14a_benchmark.ipynb #c8e01086
 Pairing = tuple[Sequence[Any], Sequence[Any], list[str]]  # predictions, references, notes
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +164,8 @@ def _paired_labels(pair: FilePair) -> Pairing:
     if len(predictions) != len(references):
         blank = next((f"; line {n} of the predictions is blank" for n, line in enumerate(predictions, start=1) if line == ""), "")
         raise pair.problem(f"{len(predictions)} lines of predictions in {pair.predictions} for {len(references)} labels in {pair.labels}{blank}")
+    if "" in references:
+        raise pair.problem(f"line {references.index('') + 1} of {pair.labels} is blank, and {references.count('')} of its {len(references)} lines are; test sets are handed out like this, with their labels removed")
     if pair.task.accepted:
         pair.check_accepted(enumerate(predictions, start=1), set(references) if pair.task.suffix == "tsv" else set())
     else:

@@ -89,7 +89,7 @@ def _read_pins(path: Path, changed: int) -> Mapping[str, str]:
         raise XtransferError(f"{path} is damaged: it should map hub ids to commits; delete it and run `xtransfer fetch` again.")
     return found
 
-# %% ../nbs/02a_sources.ipynb #6431fafa
+# %% ../nbs/02a_sources.ipynb #cbb5a4bf
 def hub_rows(
     source: Source,
     config: str | None,  # configuration name; None for the default one
@@ -102,16 +102,16 @@ def hub_rows(
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()  # without network the client announces at length that it reads its cache
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # without network the client announces at length that it reads its cache, and what fails is said below
     folder = local_copy(source.repo)
     revision = pins().get(source.repo, source.revision)
     where = f"{folder}, which stands in for {source.repo}" if folder else f"revision {revision}"
     try:
         data = _local_split(folder, config, split) if folder else _hub_split(source.repo, config, split, revision)
     except Exception as error:  # the client raises a dozen kinds; all mean the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = ": ".join(str(e).strip().splitlines()[0].rstrip(".") if str(e).strip() else type(e).__name__ for e in (error, error.__cause__) if e is not None)
         obtain = f"; {source.obtain}" if source.obtain else ""
-        raise XtransferError(f"the data set {source.repo} (configuration {config}, split {split}, {where}) cannot be loaded: {reason.rstrip('.')}{obtain}.") from error
+        raise XtransferError(f"the data set {source.repo} (configuration {config}, split {split}, {where}) cannot be loaded: {reason}{obtain}.") from error
     cached = Path(data.cache_files[0]["filename"]).parent.name if data.cache_files else ""
     if folder is None and re.fullmatch("[0-9a-f]{40}", revision) and re.fullmatch("[0-9a-f]{40}", cached) and cached != revision:  # without network the client takes the newest that it has
         raise XtransferError(f"the data set {source.repo} is pinned to the commit {revision}, but the cache holds {cached} of split {split}; fetch it where there is network.")

@@ -139,7 +139,7 @@ class TaskRegistry(Registry[Task]):
 
 TASKS = TaskRegistry("task")
 
-# %% ../nbs/03_tasks.ipynb #6ad18f77
+# %% ../nbs/03_tasks.ipynb #4c7b80b8
 def text_pair(
     first: str,  # column of the first text
     second: str = "",  # column of the second text; "" for single texts
@@ -153,8 +153,10 @@ def tagging(tokens: str = "tokens", tags: str = "tags") -> Callable[[Row], dict[
     return lambda row: {"id": str(row.get("id", "")), "tokens": list(row[tokens]), "tags": list(row[tags])}
 
 def squad_columns(row: Row) -> dict[str, Any]:
-    """Rows in the layout of SQuAD on the hub: `answers` holds parallel lists of `text` and `answer_start`. Some questions stand between spaces, which go."""
+    """Rows in the layout of SQuAD: `answers` holds parallel lists of `text` and `answer_start`, as on the hub, or one object an answer, as in files. Some questions stand between spaces, which go."""
     answers = row["answers"]
+    if isinstance(answers, list):
+        answers = {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}
     return {"id": str(row["id"]), "question": row["question"].strip(), "context": row["context"],
             "answers": list(answers["text"]), "starts": list(answers["answer_start"])}
 

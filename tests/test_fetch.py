@@ -38,6 +38,14 @@ def xquad_copy(data, rows=3):
     return folder
 
 
+def leave_record(outputs, run, read):
+    """A finished run's record that says what it read and nothing else."""
+    record = {"run": run.id, "digest": run.digest, "parent": None, "template": run.template, "backbone": {}, "stages": [], "parameters": {}, "environment": {}, "training": {}, "seconds": {}, "tokens_per_second": None,
+              "peak_memory_mb": 0.0, "scores": [], "started": "", "ended": "", "data": [read], "schema_version": 1}
+    (outputs / run.id).mkdir(parents=True)
+    (outputs / run.id / RECORD_NAME).write_text(json.dumps(record))
+
+
 def test_a_local_copy_is_read_instead_of_the_hub_and_said(data):
     import xtransfer.catalogue  # noqa: F401
 
@@ -73,11 +81,7 @@ def test_a_study_does_not_go_on_with_other_data(data, tmp_path):
     study = STUDIES["stilts"].build("small").with_limits(languages=("de",))
     study = replace(study, cells=tuple(c for c in study.cells if c.arm == "none" and c.target == "xquad"))
     run = study.cells[0].run
-    record = {"run": run.id, "digest": run.digest, "parent": None, "template": "target", "backbone": {}, "stages": [], "parameters": {}, "environment": {}, "training": {}, "seconds": {}, "tokens_per_second": None,
-              "peak_memory_mb": 0.0, "scores": [], "started": "", "ended": "", "data": [{"task": "xquad", "language": "de", "split": "test", "repo": "google/xquad", "revision": "a" * 40}]}
-    place = tmp_path / "outputs" / run.id
-    place.mkdir(parents=True)
-    (place / RECORD_NAME).write_text(json.dumps(record | {"schema_version": 1}))
+    leave_record(tmp_path / "outputs", run, {"task": "xquad", "language": "de", "split": "test", "repo": "google/xquad", "revision": "a" * 40})
     (data / "pins.json").write_text(json.dumps({s.repo: "a" * 40 for name in ("xquad", "squad1") for s in TASKS[name].sources}))
     check_same_data(study, tmp_path / "outputs")
     (data / "pins.json").write_text(json.dumps({s.repo: "b" * 40 for name in ("xquad", "squad1") for s in TASKS[name].sources}))
@@ -85,6 +89,22 @@ def test_a_study_does_not_go_on_with_other_data(data, tmp_path):
         check_same_data(study, tmp_path / "outputs")
     xquad_copy(data)
     with pytest.raises(XtransferError, match="would be read at local-"):
+        check_same_data(study, tmp_path / "outputs")
+
+
+def test_a_task_of_several_sources_goes_on_where_the_hub_does_not_answer(data, tmp_path, monkeypatch):
+    import xtransfer.catalogue  # noqa: F401
+
+    study = STUDIES["stilts"].build("paper")
+    cells = tuple(c for c in study.cells if (c.arm, c.target, c.seed) == ("anli_plus", "xnli", 0))
+    study, run = replace(study, cells=cells), cells[0].run.parent
+    repos = [s.repo for s in TASKS["anli_plus"].sources]
+    assert len(repos) == 3
+    leave_record(tmp_path / "outputs", run, {"task": "anli_plus", "language": "en", "split": "train", "repo": ", ".join(repos), "revision": ", ".join(("a" * 40, "b" * 40, "c" * 40))})
+    monkeypatch.setattr("xtransfer.sources._hub_commit", lambda repo, revision: revision)  # no network: nobody can say what the branch stands for
+    check_same_data(study, tmp_path / "outputs")
+    (data / "pins.json").write_text(json.dumps({repos[1]: "d" * 40}))
+    with pytest.raises(XtransferError, match=f"{repos[1]} would be read at dddd.* read it at bbbb"):
         check_same_data(study, tmp_path / "outputs")
 
 

@@ -7,7 +7,7 @@ __all__ = ['BENCHMARKS', 'XTREME', 'XTREME_R', 'Pairing', 'SHOWN_NOTES', 'Benchm
            'read_content', 'read_json_labels', 'read_tags', 'FilePair', 'score_pair', 'score_task', 'score_folder',
            'format_scores']
 
-# %% ../nbs/14a_benchmark.ipynb #9fb90d58
+# %% ../nbs/14a_benchmark.ipynb #e9b2f4e4
 import json
 import re
 import textwrap
@@ -19,7 +19,7 @@ from typing import Any
 from .core import Registry, XtransferError, nearest
 from .languages import LANGUAGE_SETS
 from .metrics import METRICS
-from .xtreme import UPOS
+from .xtreme import PANX, PAWSX, UDPOS, XNLI
 
 # %% ../nbs/14a_benchmark.ipynb #d5d234fd
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +50,13 @@ class Benchmark:
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark")
 
-# %% ../nbs/14a_benchmark.ipynb #aa8f58b4
-_NLI, _ENTITIES = ("entailment", "neutral", "contradiction"), ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
+# %% ../nbs/14a_benchmark.ipynb #59bb95d3
 _FILES: dict[str, dict[str, Any]] = {  # Source: google-research/xtreme, evaluate.py: READER_FUNCTION, METRIC_FUNCTION, get_suffix
-    "xnli": {"suffix": "tsv", "metrics": ("accuracy",), "headline": ("accuracy",), "group": "classification", "accepted": _NLI},
-    "pawsx": {"suffix": "tsv", "metrics": ("accuracy",), "headline": ("accuracy",), "group": "classification", "accepted": ("0", "1")},
+    "xnli": {"suffix": "tsv", "metrics": ("accuracy",), "headline": ("accuracy",), "group": "classification", "accepted": XNLI.labels},
+    "pawsx": {"suffix": "tsv", "metrics": ("accuracy",), "headline": ("accuracy",), "group": "classification", "accepted": PAWSX.labels},
     "xcopa": {"suffix": "jsonl", "metrics": ("accuracy",), "headline": ("accuracy",), "group": "classification", "accepted": (0, 1)},
-    "udpos": {"suffix": "tsv", "metrics": ("chunk_f1", "token_accuracy"), "headline": ("f1",), "group": "tagging", "accepted": UPOS},
-    "panx": {"suffix": "tsv", "metrics": ("chunk_f1",), "headline": ("f1",), "group": "tagging", "accepted": _ENTITIES},
+    "udpos": {"suffix": "tsv", "metrics": ("chunk_f1", "token_accuracy"), "headline": ("f1",), "group": "tagging", "accepted": UDPOS.labels},
+    "panx": {"suffix": "tsv", "metrics": ("chunk_f1",), "headline": ("f1",), "group": "tagging", "accepted": PANX.labels},
     "xquad": {"suffix": "json", "metrics": ("squad",), "headline": ("exact_match", "f1"), "group": "qa"},
     "mlqa": {"suffix": "json", "metrics": ("mlqa",), "headline": ("exact_match", "f1"), "group": "qa"},
     "tydiqa": {"suffix": "json", "metrics": ("squad",), "headline": ("exact_match", "f1"), "group": "qa"},

@@ -45,22 +45,18 @@ def table(
     """A table in Markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
-# %% ../nbs/14c_cards.ipynb #5050df86
+# %% ../nbs/14c_cards.ipynb #bb8ada71
 def named(language: str) -> str:
     """A language with its code."""
     return f"{LANGUAGES[language].name} ({language})"
 
-def _splits(task: Task) -> Sequence[str]:
-    """The splits that a task's loader knows."""
-    return getattr(task.load, "splits", SPLITS)
-
 def _row_count(task: Task, language: str, split: str) -> str:
     """A published number of rows as the table shows it."""
-    if split not in _splits(task) or language not in (task.train_languages if split == "train" else (*task.train_languages, *task.languages)):
+    if split not in task.splits or language not in (task.train_languages if split == "train" else (*task.train_languages, *task.languages)):
         return "–"
     if split == "train" and task.trains_on != task.name:
         return "–"
-    published = task.expected_rows.get(f"{language}/{split}", task.expected_rows.get(split))
+    published = task.published(language, split)
     return "?" if published is None else f"{published:,}"
 
 def row_table(
@@ -252,7 +248,7 @@ def _example_lines(example: Mapping[str, Any], by_id: Mapping[str, Mapping[str, 
         lines += _field("right", _cut(visible(f"{found['text']} {found.get('text_pair', '')}" if found else f"id {right}"), LONGEST_SHOWN), width)
     return lines
 
-# %% ../nbs/14c_cards.ipynb #69151562
+# %% ../nbs/14c_cards.ipynb #26358bd4
 _PAIRED = ("bitext_mining", "ranked_retrieval")  # formats whose rows refer to each other
 
 def _some_examples(task: Task, language: str, splits: Sequence[str], n: int) -> Any:
@@ -276,7 +272,7 @@ def example_table(
 
     Raises: XtransferError when the language or the split cannot be had.
     """
-    found = _some_examples(task, language, [split] if split is not None else list(reversed(_splits(task))), n)
+    found = _some_examples(task, language, [split] if split is not None else list(reversed(task.splits)), n)
     width = max(40, width or min(shutil.get_terminal_size((100, 24)).columns, 140))
     by_id = {row["id"]: row for row in found.rows} if task.format in _PAIRED else {}
     shown = [row for row in found.rows if not by_id or row.get("match") or row.get("relevant")][:n]

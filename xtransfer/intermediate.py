@@ -42,7 +42,7 @@ ANLI = TASKS.register(Task(
     headline=("accuracy",), labels=NLI_LABELS, trains_on="anli", expected_rows={split: sum(rounds) for split, rounds in _ROUNDS.items()},
     description="Inference pairs that were written to fool a model, all three rounds.", traps="Papers often report the rounds one by one; this score is over all of them."))
 
-# %% ../nbs/05_intermediate.ipynb #a79e274c
+# %% ../nbs/05_intermediate.ipynb #56bd9385
 def _shared(name: str, tasks: Sequence[Task], field: str) -> Any:
     """The value of a field that the parts of a combined task must share."""
     first = getattr(tasks[0], field)
@@ -53,7 +53,7 @@ def _shared(name: str, tasks: Sequence[Task], field: str) -> Any:
 
 def _added_rows(parts: Sequence[Task], language: str, split: str) -> int | None:
     """Published rows of some parts together; None when one of them declares none."""
-    counts = [part.expected_rows.get(f"{language}/{split}", part.expected_rows.get(split)) for part in parts]
+    counts = [part.published(language, split) for part in parts]
     return sum(counts) if counts and None not in counts else None
 
 def _joined_labels(tasks: Sequence[Task]) -> Sequence[str]:
@@ -67,7 +67,7 @@ def _joined_remarks(tasks: Sequence[Task]) -> Callable[[str], str]:
     remarks = [task.load.remark for task in tasks if getattr(task.load, "remark", None)]
     return lambda language: "; ".join(dict.fromkeys(text for remark in remarks if (text := remark(language))))
 
-# %% ../nbs/05_intermediate.ipynb #5248e825
+# %% ../nbs/05_intermediate.ipynb #6510d056
 def combined(
     name: str,
     tasks: Sequence[Task],  # at least two, of one format, with the same metrics
@@ -88,7 +88,7 @@ def combined(
         part = tasks[row["part"]]
         example = part.read(row["row"])
         return example | {"id": f"{part.name}-{example['id']}" if example["id"] else ""}
-    splits = [s for s in SPLITS if all(s in getattr(t.load, "splits", SPLITS) for t in tasks)]
+    splits = [s for s in SPLITS if all(s in t.splits for t in tasks)]
     languages, trained = (tuple(dict.fromkeys(code for task in tasks for code in getattr(task, field))) for field in ("languages", "train_languages"))
     expected = {f"{code}/{split}": _added_rows([t for t in tasks if code in spoken[t.name]], code, split) for code in dict.fromkeys((*languages, *trained)) for split in splits}
     sources = list(dict.fromkeys(s for t in tasks for s in t.sources))

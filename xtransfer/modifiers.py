@@ -6,7 +6,7 @@
 __all__ = ['Rows', 'LONGEST_REAL', 'SHORTEST_REAL', 'shuffled', 'sample', 'disordered', 'realfake', 'config', 'in_languages',
            'machine_translated']
 
-# %% ../nbs/03a_modifiers.ipynb #9f16b771
+# %% ../nbs/03a_modifiers.ipynb #f07f20a7
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -16,9 +16,9 @@ from typing import Any
 from .core import XtransferError, derive_seed, nearest, read_json
 from .languages import LANGUAGES
 from .sources import Drawn, Loader, Row, Source, existing_file, hub_loader, json_lines, user_folder
-from .tasks import COLUMNS, MODIFIERS, SPLITS, TASKS, Task, _unlabelled
+from .tasks import COLUMNS, MODIFIERS, TASKS, Task, is_unlabelled
 
-# %% ../nbs/03a_modifiers.ipynb #d782572b
+# %% ../nbs/03a_modifiers.ipynb #9d3b447d
 Rows = Callable[[str, str], Sequence[Row]]  # (language, split) -> examples
 
 def _trained(task: Task, modifier: str) -> None:
@@ -49,11 +49,11 @@ def _variant(
     if not re.fullmatch(r"[\w-]+", asked, re.ASCII):
         raise XtransferError(f"@{asked} cannot be part of a task's name; its arguments are letters, digits and underscores.")
     source = replace(task.source, note="; ".join(part for part in (task.source.note, note) if part))
-    load = Loader((source, *task.sources[1:]), getattr(task.load, "splits", SPLITS), rows, remark or getattr(task.load, "remark", None))
+    load = Loader((source, *task.sources[1:]), task.splits, rows, remark or getattr(task.load, "remark", None))
     name = f"{task.name}@{asked}"
     return replace(task, **{"name": name, "source": source, "load": load, "read": dict, "trains_on": name} | changes)
 
-# %% ../nbs/03a_modifiers.ipynb #f5e018f4
+# %% ../nbs/03a_modifiers.ipynb #a83ea52b
 _UNIT = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")  # a word between spaces, or one character of Chinese or Japanese
 
 def _shuffle_classes(examples: list[dict[str, Any]], rng: random.Random) -> None:
@@ -105,13 +105,13 @@ def shuffled(task: Task, arguments: tuple[str, ...]) -> Task:
     def rows(language: str, split: str) -> Drawn:
         examples = _examples(task, language, split)
         if split == "train":
-            _SHUFFLERS[task.format]([e for e in examples if not _unlabelled(e)], random.Random(derive_seed("shuffled", task.name, language)))
+            _SHUFFLERS[task.format]([e for e in examples if not is_unlabelled(e)], random.Random(derive_seed("shuffled", task.name, language)))
         return examples
     return _variant(task, "shuffled", arguments, "control: the training labels are shuffled", rows)
 
 MODIFIERS["shuffled"] = shuffled
 
-# %% ../nbs/03a_modifiers.ipynb #55788a33
+# %% ../nbs/03a_modifiers.ipynb #4fcb18d7
 def sample(task: Task, arguments: tuple[str, ...]) -> Task:
     """The task with so many random training examples of each training language.
 
@@ -126,7 +126,7 @@ def sample(task: Task, arguments: tuple[str, ...]) -> Task:
         examples = _examples(task, language, split)
         if split != "train":
             return examples
-        usable = [e for e in examples if not _unlabelled(e)]
+        usable = [e for e in examples if not is_unlabelled(e)]
         if count > len(usable):
             raise XtransferError(f"the task {task.name} has {len(usable)} training examples with labels in {language}, fewer than the {count} that @sample-{arguments[0]} asks for.")
         random.Random(derive_seed("sample", task.name, language)).shuffle(usable)
@@ -135,7 +135,7 @@ def sample(task: Task, arguments: tuple[str, ...]) -> Task:
 
 MODIFIERS["sample"] = sample
 
-# %% ../nbs/03a_modifiers.ipynb #fda79834
+# %% ../nbs/03a_modifiers.ipynb #50bff72a
 _TEXT_COLUMN = {"span_extraction": "question", "token_classification": "tokens", "retrieval": "query"}  # by format; all others have "text"
 LONGEST_REAL = 40  # words of a text that are used: a shuffled paragraph is too easy to tell
 SHORTEST_REAL = 4  # words that a text needs
@@ -179,7 +179,7 @@ def realfake(task: Task, arguments: tuple[str, ...]) -> Task:
             raise XtransferError(f"@realfake finds no text of {SHORTEST_REAL} or more words in the {split} split of the task {task.name} in {language}.")
         return Drawn(made, max(examples.drawn_from, len(made)))
     def remark(language: str) -> str:
-        said, published = getattr(task.load, "remark", None), task.expected_rows.get(f"{language}/train", task.expected_rows.get("train"))
+        said, published = getattr(task.load, "remark", None), task.published(language, "train")
         used = _examples(task, language, "train").drawn_from
         partial = f"made from {used} of {published} published training rows" if published and used < published else ""
         return "; ".join(part for part in (said(language) if said else "", partial) if part)
@@ -225,7 +225,7 @@ def in_languages(task: Task, arguments: tuple[str, ...]) -> Task:
 
 MODIFIERS["in"] = in_languages
 
-# %% ../nbs/03a_modifiers.ipynb #e5e56e62
+# %% ../nbs/03a_modifiers.ipynb #e5552464
 def _made_by(source: Source) -> str:
     """What translation.json says about a folder of translations."""
     said = read_json(existing_file(user_folder(source), ("translation.json",), source))
@@ -247,8 +247,8 @@ def machine_translated(task: Task, arguments: tuple[str, ...]) -> Task:
                              obtain=f"the translation notebook writes {form} there") for code in codes}
     def rows(language: str, split: str) -> list[Row]:
         return json_lines(existing_file(user_folder(sources[language]), (f"{split}.jsonl",), sources[language]))
-    splits = [split for split in ("train", "dev") if split in getattr(task.load, "splits", SPLITS)]
-    published = {split: task.expected_rows.get(f"en/{split}", task.expected_rows.get(split)) for split in splits}
+    splits = [split for split in ("train", "dev") if split in task.splits]
+    published = {split: task.published("en", split) for split in splits}
     load = Loader(tuple(sources.values()), splits, rows, lambda language: _made_by(sources[language]))
     return _variant(task, "mt", arguments, "", rows, source=sources[codes[0]], load=load, languages=codes, train_languages=codes, expected_rows={split: n for split, n in published.items() if n})
 

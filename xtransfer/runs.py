@@ -240,7 +240,7 @@ def _note_failure(work: Path, message: str) -> None:
     except OSError:
         pass
 
-# %% ../nbs/21_runs.ipynb #7c5ba2ce
+# %% ../nbs/21_runs.ipynb #46459ba3
 def check_same_data(
     study: Study,
     outputs: str | Path,
@@ -250,15 +250,17 @@ def check_same_data(
     Raises: XtransferError naming the first data set of which there are two versions.
     """
     names = dict.fromkeys(name for run in study.plan() for name in (*run.stage.train, *run.stage.score))
-    now = {name: {s.repo: resolved_revision(s) for s in TASKS[name].sources if s.repo != "generated"} for name in names}
+    now = {name: {s.repo: (s.revision, resolved_revision(s)) for s in TASKS[name].sources if s.repo != "generated"} for name in names}
     if not any(now.values()):
         return
     for record in study_records(study, outputs)[0].values():
         for data in record.data:
             versions = now.get(data["task"], {})
-            then, current = data["revision"], ", ".join(versions.values())
-            if data["repo"] == ", ".join(versions) and then != current and "main" not in (then, current):
-                raise XtransferError(f"{data['repo']} would be read at {current}, but run {record.run} in {outputs} read it at {then}; give another --outputs folder, or the data folder that those runs had.")
+            if data["repo"] != ", ".join(versions):
+                continue
+            for (repo, (asked, current)), then in zip(versions.items(), data["revision"].split(", ")):
+                if then != current and asked not in (then, current):  # the asked branch itself stands where nobody could say what it is
+                    raise XtransferError(f"{repo} would be read at {current}, but run {record.run} in {outputs} read it at {then}; give another --outputs folder, or the data folder that those runs had.")
 
 # %% ../nbs/21_runs.ipynb #37b45168
 @dataclass(frozen=True, kw_only=True)

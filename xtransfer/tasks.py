@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Format', 'FORMATS', 'COLUMNS', 'SPLITS', 'UNTRAINED_FORMATS', 'MODIFIERS', 'TASKS', 'FoundLabels', 'Task',
            'TaskRegistry', 'text_pair', 'tagging', 'squad_columns', 'choices_nested', 'choice_columns', 'sentence_pair',
-           'plain_text', 'mining_side', 'nearest_occurrence', 'Examples', 'load_examples']
+           'plain_text', 'mining_side', 'nearest_occurrence', 'Examples', 'is_unlabelled', 'load_examples']
 
-# %% ../nbs/03_tasks.ipynb #42e603a9
+# %% ../nbs/03_tasks.ipynb #9ad2ca91
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal, get_args
 
 from .core import Registry, XtransferError, digest, nearest
@@ -63,7 +64,7 @@ class FoundLabels(Sequence[str]):
     def index(self, name: str, *bounds: int) -> int:
         return self._names.index(name, *bounds) if bounds else self._places[name]
 
-# %% ../nbs/03_tasks.ipynb #211da52f
+# %% ../nbs/03_tasks.ipynb #5297f232
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One task: data, format, metrics. Functions are covered by `version`, not by the digest."""
@@ -90,6 +91,15 @@ class Task:
     def sources(self) -> tuple[Source, ...]:
         """Every source that the loader reads, the main one first."""
         return tuple(dict.fromkeys((self.source, *getattr(self.load, "sources", ()))))
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """The splits that the loader knows."""
+        return getattr(self.load, "splits", SPLITS)
+
+    def published(self, language: str, split: str) -> int | None:
+        """The declared number of rows of a split in a language; None when there is none."""
+        return self.expected_rows.get(f"{language}/{split}", self.expected_rows.get(split))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -277,8 +287,8 @@ class Examples:
         return {"task": self.task, "language": self.language, "split": self.split, "rows": len(self.rows), "available": self.available, "expected": self.expected, "capped": self.capped,
                 "repaired": self.repaired, "dropped": self.dropped, "unlabelled": self.unlabelled, "note": note, "fingerprint": digest(self.rows)}
 
-# %% ../nbs/03_tasks.ipynb #62441aa6
-def _unlabelled(example: Mapping[str, Any]) -> bool:
+# %% ../nbs/03_tasks.ipynb #b8c30f5d
+def is_unlabelled(example: Mapping[str, Any]) -> bool:
     """Whether an example of a format with labels has none, in one of the ways in which data sets say so."""
     return "label" in example and example["label"] in (None, "", -1, "-1", "-")
 
@@ -293,14 +303,6 @@ def _read(task: Task, row: Row, place: str) -> dict[str, Any]:
         raise XtransferError(f"{place} has no column {error}{nearest(str(error.args[0]), row)}; it has: {', '.join(map(str, row))}.") from error
     except (TypeError, AttributeError, ValueError, IndexError) as error:
         raise XtransferError(f"{place} cannot be read ({type(error).__name__}: {error}); its columns are: {', '.join(map(str, row))}.") from error
-
-def _first_rows(task: Task, raw: Sequence[Row], limit: int | None) -> Sequence[Row]:
-    """The rows of the first examples; of ranked retrieval the first queries and every candidate."""
-    if limit is None or task.format != "ranked_retrieval":
-        return raw if limit is None or limit >= len(raw) else [raw[i] for i in range(limit)]
-    queries = [i for i, row in enumerate(raw) if task.read(row)["side"] == "query"]
-    left_out = set(queries[limit:])
-    return [row for i, row in enumerate(raw) if i not in left_out]
 
 def load_examples(
     task: Task,
@@ -318,13 +320,18 @@ def load_examples(
     if split not in SPLITS:
         raise XtransferError(f"task {task.name} was asked for the split {split!r}{nearest(split, SPLITS)}; splits are: {', '.join(SPLITS)}.")
     raw = task.load(language, split)
-    expected = task.expected_rows.get(f"{language}/{split}", task.expected_rows.get(split))
+    expected = task.published(language, split)
     if not len(raw):
         raise XtransferError(f"the {split} split of task {task.name} in {language} is empty; {expected or 'some'} rows were expected from {task.source.repo}.")
-    rows, repaired, dropped, unlabelled = [], 0, 0, 0
-    for index, row in enumerate(_first_rows(task, raw, limit)):
+    rows, repaired, dropped, unlabelled, queries = [], 0, 0, 0, 0
+    ranked = task.format == "ranked_retrieval"  # a limit is one of queries, and every candidate stays
+    for index, row in enumerate(islice(raw, None if ranked else limit)):
         example = _read(task, row, f"row {index} of task {task.name}, language {language}, split {split}")
-        if _unlabelled(example):
+        if ranked and example["side"] == "query":
+            queries += 1
+            if limit is not None and queries > limit:
+                continue
+        if is_unlabelled(example):
             unlabelled += 1
             continue
         if problem := _problem(task, example):

@@ -7,12 +7,13 @@ __all__ = ['XNLI', 'PAWSX', 'UPOS', 'UDPOS', 'UDPOS_OFFICIAL', 'WIKIANN', 'PANX'
            'BUCC2018_GOLDPAIRS', 'TATOEBA_ROWS', 'TATOEBA', 'english_first', 'rows_by_language', 'treebanks',
            'panx_task', 'xquad_task', 'bucc_rows']
 
-# %% ../nbs/06_xtreme.ipynb #7bab9c03
+# %% ../nbs/06_xtreme.ipynb #96adb5a3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .conllu import treebank_sentences
 from .core import XtransferError
+from .intermediate import NLI_LABELS
 from .languages import LANGUAGE_SETS, LANGUAGES, TATOEBA_CONFIGS, UDPOS_CONFIGS
 from .sources import Row, Source, existing_file, file_loader, hub_loader
 from .tasks import TASKS, Task, mining_side, sentence_pair, squad_columns, tagging, text_pair
@@ -30,12 +31,12 @@ def rows_by_language(
     """Published counts that differ by language, in the form of `Task.expected_rows`."""
     return {f"{code}/{split}": rows for code, rows in counts.items()}
 
-# %% ../nbs/06_xtreme.ipynb #7ee5fce2
+# %% ../nbs/06_xtreme.ipynb #66dd32fe
 _XNLI = Source(repo="facebook/xnli", license="CC BY-NC 4.0", citation="arXiv 1809.05053")
 XNLI = TASKS.register(Task(
     name="xnli", format="sequence_classification", kind="nli", source=_XNLI, languages=english_first("xnli"),
     load=hub_loader(_XNLI, lambda language: language, {"dev": "validation", "test": "test"}), read=text_pair("premise", "hypothesis"), metrics=("accuracy",), headline=("accuracy",),
-    labels=("entailment", "neutral", "contradiction"), trains_on="mnli", expected_rows={"dev": 2_490, "test": 5_010}, description="NLI in 15 languages.",
+    labels=NLI_LABELS, trains_on="mnli", expected_rows={"dev": 2_490, "test": 5_010}, description="NLI in 15 languages.",
     traps="The train splits of the other languages are machine translations of MNLI and are not used. XTREME's own code orders the labels contradiction, entailment, neutral; the hub does not."))
 
 # %% ../nbs/06_xtreme.ipynb #259dcfad

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['XCOPA', 'UDPOS_XR', 'PANX_XR', 'XQUAD_XR', 'TATOEBA_XR', 'Spans', 'Paragraph', 'SQUAD_SENTENCES', 'LAREQA',
-           'MEWSLIX_WIKIPEDIA', 'MEWSLIX', 'answer_sentences', 'sentence_rows', 'as_it_is', 'sentence_spans',
-           'lareqa_rows', 'mention_text', 'entity_text', 'mewslix_rows', 'wikipedia_pair_rows']
+           'MEWSLIX_WIKIPEDIA', 'MEWSLIX', 'answer_sentences', 'sentence_rows', 'sentence_spans', 'lareqa_rows',
+           'mention_text', 'entity_text', 'mewslix_rows', 'wikipedia_pair_rows']
 
 # %% ../nbs/06a_xtreme_r.ipynb #cf739486
 import json
@@ -53,7 +53,7 @@ TATOEBA_XR = TASKS.register(Task(
     headline=("accuracy",), expected_rows=TATOEBA_ROWS, description="Find each English sentence's translation, in 41 languages.",
     traps="XTREME-R's protocol scores a model fine-tuned on SQuAD 1.1; XTREME's (the task tatoeba) the encoder as it is. The two are not comparable."))
 
-# %% ../nbs/06a_xtreme_r.ipynb #9172729f
+# %% ../nbs/06a_xtreme_r.ipynb #972a562f
 Spans = Sequence[tuple[int, int]]  # first character of a sentence, and the one after its last
 Paragraph = tuple[str, Spans, Sequence[tuple[str, str, int]]]  # context, sentences, questions: id, text, first character of the answer
 
@@ -84,11 +84,7 @@ def sentence_rows(
     return queries + [{"id": f"{prefix}-{number}-{k}", "side": "candidate", "text": context[a:b], "text_pair": context, "relevant": []}
                       for number, (context, spans, _) in enumerate(paragraphs) for k, (a, b) in enumerate(spans)]
 
-def as_it_is(row: Row) -> dict[str, Any]:
-    """Rows that have a format's columns already."""
-    return dict(row)
-
-# %% ../nbs/06a_xtreme_r.ipynb #f7bac124
+# %% ../nbs/06a_xtreme_r.ipynb #5bb14174
 _BREAK = re.compile(r"""(?<=[.?!])[)\]'"”’]*(?:\[[\w ?]{1,20}\])*(\s+)(?=['"“(\[]*[A-Z0-9])""")
 _ABBREVIATION = re.compile(r"(?:\b(?:Mrs?|Ms|Dr|Prof|Rev|Fr|St|Lt|Gen|Col|Maj|Adm|Capt|Sgt|Gov|Sen|Rep|Pres|Jan|Feb|Aug|Sept?|Oct|Nov|Dec|Mt|Ft|Bros|vs?|cf|ca?|[bdr]|approx|[Nn]os?|[Aa]rt|[Vv]ol|pp?|e\.g|i\.e|et al)|\b[A-Z])\.$")
 _BEGINNING = re.compile(r"(?:The|This|That|These|It|In|On|By|During|After|Although|However|Meanwhile)\b")
@@ -117,12 +113,12 @@ def _squad_sentences(language: str, split: str) -> Sequence[Row]:
     return sentence_rows(paragraphs, "en", answer_sentences(paragraphs, "en"))
 
 SQUAD_SENTENCES = TASKS.register(Task(
-    name="squad_sentences", format="ranked_retrieval", kind="retrieval", source=SQUAD1.source, languages=("en",), load=Loader(SQUAD1.load.sources, ("train", "dev"), _squad_sentences), read=as_it_is,
+    name="squad_sentences", format="ranked_retrieval", kind="retrieval", source=SQUAD1.source, languages=("en",), load=Loader(SQUAD1.load.sources, ("train", "dev"), _squad_sentences), read=dict,
     metrics=("map@20",), headline=("map@20",), trains_on="squad_sentences", expected_rows={"train": 87_599 + 91_703, "dev": 10_570 + 10_242},
     description="Find the sentence that answers a question of SQuAD 1.1 among all sentences of the split.",
     traps="The counts are questions and sentences; the sentences are found by this package's rules, not by the benchmark's."))
 
-# %% ../nbs/06a_xtreme_r.ipynb #46c889f1
+# %% ../nbs/06a_xtreme_r.ipynb #ee71f5e8
 _LAREQA = Source(repo="files/lareqa", license="CC BY-SA 4.0", citation="arXiv 2004.05484", obtain="copy the folder xquad-r of github.com/google-research-datasets/lareqa there, which holds ar.json to zh.json")
 _LAREQA_CANDIDATES = {"ar": 1_222, "de": 1_276, "el": 1_234, "en": 1_180, "es": 1_215, "hi": 1_244, "ru": 1_219, "th": 852, "tr": 1_167, "vi": 1_209, "zh": 1_196}
 
@@ -146,7 +142,7 @@ def lareqa_rows(folder: Path, language: str, split: str) -> Sequence[Row]:
     return sentence_rows(paragraphs[language], language, relevant)
 
 LAREQA = TASKS.register(Task(
-    name="lareqa", format="ranked_retrieval", kind="retrieval", source=_LAREQA, languages=english_first("lareqa"), load=file_loader(_LAREQA, ("test",), lareqa_rows), read=as_it_is,
+    name="lareqa", format="ranked_retrieval", kind="retrieval", source=_LAREQA, languages=english_first("lareqa"), load=file_loader(_LAREQA, ("test",), lareqa_rows), read=dict,
     metrics=("map@20", "map"), headline=("map@20",), trains_on="squad_sentences", expected_rows=rows_by_language("test", {code: 1_190 + rows for code, rows in _LAREQA_CANDIDATES.items()}),
     description="Find the sentences that answer a question, in any of 11 languages.",
     traps="mAP@20 (XTREME-R) and mAP without a cut (LAReQA's paper) are different numbers. XTREME's evaluate.py lists no languages for LAReQA, so its overall mean fails. The pool is all eleven languages, whichever are scored."))
@@ -180,7 +176,7 @@ def _query(context: Mapping[str, Any], mention: Mapping[str, Any]) -> Row:
 def _candidate(entity: Mapping[str, Any]) -> Row:
     return {"id": entity["entity_id"], "side": "candidate", "text": entity_text(entity), "text_pair": "", "relevant": []}
 
-# %% ../nbs/06a_xtreme_r.ipynb #c288c40c
+# %% ../nbs/06a_xtreme_r.ipynb #eda90a4a
 _MEWSLIX = Source(repo="files/mewslix", license="CC BY-SA 3.0 (text of Wikipedia), CC BY 2.5 (text of Wikinews)", citation="arXiv 2104.07412",
                   obtain="copy the *.jsonl files there that get-mewsli-x.sh of google-research/google-research, dense_representations_for_entity_retrieval/mel, leaves in mewsli_x/output/dataset")
 _MENTIONS_DEV = {"ar": 318, "de": 326, "en": 316, "es": 311, "fa": 72, "ja": 310, "pl": 304, "ro": 145, "ta": 312, "tr": 262, "uk": 315}
@@ -211,7 +207,7 @@ def wikipedia_pair_rows(folder: Path, language: str, split: str) -> Sequence[Row
             entities[pair["entity"]["entity_id"]] = _candidate(pair["entity"])
     return queries + list(entities.values())
 
-_RANKED = {"format": "ranked_retrieval", "kind": "retrieval", "source": _MEWSLIX, "read": as_it_is, "metrics": ("map@20",), "headline": ("map@20",), "trains_on": "mewslix_wikipedia"}
+_RANKED = {"format": "ranked_retrieval", "kind": "retrieval", "source": _MEWSLIX, "read": dict, "metrics": ("map@20",), "headline": ("map@20",), "trains_on": "mewslix_wikipedia"}
 MEWSLIX_WIKIPEDIA = TASKS.register(Task(
     name="mewslix_wikipedia", languages=("en",), load=file_loader(_MEWSLIX, ("train", "dev"), wikipedia_pair_rows), **_RANKED, expected_rows={"train": 167_719 + 101_193, "dev": 14_051 + 8_742},
     description="Find the entity that a mention in English Wikipedia means, among those of the split.", traps="The counts are mentions and entities."))

@@ -45,7 +45,7 @@ lab: setup ## open the notebooks
 	@$(BIN)/jupyter lab nbs
 
 docs: setup ## the notebooks as web pages in _docs/, and a card for each task in _docs/tasks/
-	@$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir _docs nbs/*.ipynb
+	@$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir _docs nbs/*.ipynb nbs/tutorials/*.ipynb
 	@$(BIN)/python -c "import xtransfer.catalogue; from xtransfer.cards import write_cards; write_cards('_docs/tasks')"
 	@echo "open _docs/index.html and _docs/tasks/index.md"
 

@@ -6,13 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 import xtransfer.evaluation as evaluation
 from test_modeling import model_of
 from xtransfer.core import XtransferError
 from xtransfer.encoding import encode, make_batch
-from xtransfer.evaluation import Evaluator, RankedEvaluator, best_spans, best_threshold, masked_accuracy, mine_pairs, normalized, predict_answers, predict_tags, score_mining, score_retrieval, sentence_vectors
+from xtransfer.evaluation import Evaluator, RankedEvaluator, best_spans, best_threshold, mine_pairs, normalized, predict_answers, predict_tags, score_mining, score_retrieval, sentence_vectors, text_accuracy
+from xtransfer.heads import SpanHead
 from xtransfer.metrics import METRICS
+from xtransfer.objectives import make_corruption
 from xtransfer.studies import Recipe
 from xtransfer.tasks import TASKS, Examples, load_examples
 
@@ -77,7 +80,7 @@ class SpanStub(Stub):
 
     def __init__(self, table, none):
         super().__init__(table)
-        self.none = none
+        self.none, self.heads = none, {"x": SpanHead(1, 2, 0.0)}
 
     def __call__(self, batch, task):
         longest, rows, begin = batch.lengths[-1], [], 0
@@ -122,9 +125,10 @@ def test_masks_are_fixed(toys, tokenizer):
     rows = load_examples(TASKS["toy_text"], "en", "dev").rows
     encoded, model = encode(tokenizer, TASKS["toy_text"], rows, RECIPE), model_of(initializer_range=0.5).eval()
     with torch.no_grad():
-        first = masked_accuracy(model, "toy_text", encoded, RECIPE, 4)
+        corrupt = make_corruption(tokenizer, "masked", RECIPE, 22)
+        first = text_accuracy(model, "toy_text", encoded, corrupt)
         torch.manual_seed(77), np.random.seed(5)
-        assert masked_accuracy(model, "toy_text", encoded, RECIPE, 4) == first and 0 <= first <= 100
+        assert text_accuracy(model, "toy_text", encoded, corrupt) == first and 0 <= first <= 100
 
 
 def test_labels_go_by_name_when_the_head_has_another_order(toys, tokenizer):
@@ -252,7 +256,7 @@ class Lookup:
 
     def __init__(self, table):
         self.heads, self.table = {"toy_ranked": self}, torch.nn.functional.normalize(table, dim=1)
-        self.encoder = type("Encoder", (), {"device": torch.device("cpu"), "config": type("Config", (), {"hidden_size": table.shape[1]})})()
+        self.encoder = type("Encoder", (), {"device": torch.device("cpu"), "config": PretrainedConfig(hidden_size=table.shape[1])})()
 
     def eval(self):
         return self

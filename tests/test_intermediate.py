@@ -241,7 +241,7 @@ def test_training_honours_the_language_temperature(monkeypatch, tmp_path):
     def examples(task, language, split, limit):
         return SimpleNamespace(rows=[{"text": f"{language}{i}"} for i in range(sizes[language])])
     stage = Stage(train=(task.name,), recipe=Recipe(name="x", learning_rate=1e-3, batch_size=2), seed=3)
-    steps.train(SimpleNamespace(stage=stage, tokenizer=SimpleNamespace(mask_token_id=0), examples=examples, truncated={}, seconds={}, folder=tmp_path, model=None))
+    steps.train(SimpleNamespace(stage=stage, tokenizer=SimpleNamespace(mask_token_id=0), examples=examples, truncated={}, seconds={}, folder=tmp_path, model=None, ranks=None))
     drawn = [row["text"][:2] for row in seen[task.name]]
     assert (drawn.count("en"), drawn.count("de")) == (20, 20)
 

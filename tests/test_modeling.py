@@ -189,7 +189,7 @@ def test_weights_follow_from_the_seed_alone(toys):
 @given(relevant=st.lists(st.lists(st.integers(-1, 4), min_size=2, max_size=2), min_size=1, max_size=7), seed=st.integers(0, 2**20))
 def test_the_in_batch_loss_equals_the_plain_formula(relevant, seed):
     """A query's own candidate against those of the batch that are not right for it, one query at a time."""
-    from xtransfer.modeling import DualEncoderHead
+    from xtransfer.heads import DualEncoderHead
 
     relevant, rng = [[abs(first), second] for first, second in relevant], np.random.default_rng(seed)
     n = len(relevant)

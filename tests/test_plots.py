@@ -49,6 +49,21 @@ def test_heatmap_cells_hold_the_table():
     assert not overlaps(figure.axes[0].texts) and not overlaps(tick_labels(figure.axes[0]))
 
 
+def test_heatmap_tells_missing_from_not_applicable():
+    _, values, contrasts = study()
+    cannot = [("mc", target) for target in TARGETS] + [(arm, "xquad") for arm in ("none", *ARMS)]
+    there = values[[place not in cannot for place in zip(values["arm"], values["target"])]]
+    gains = transfer_gain(there[(there["arm"] != "nli") | (there["target"] != "panx")], contrasts, allow_partial=True, resamples=200, inapplicable=cannot)
+    figure = plot_gains(gains, TARGETS)
+    figure.canvas.draw()
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    columns = len(TARGETS) + 2
+    assert texts.count("not\napplicable") == columns + len(contrasts) - 1 and texts.count("missing") == 1
+    assert sum("‡" in text for text in texts) == 2 * (len(contrasts) - 1) and not overlaps(figure.axes[0].texts)
+    seeds = plot_seeds(gains, paired_gains(there, contrasts, True, cannot), TARGETS)
+    assert sum(text.get_text() == "not applicable" for axes in seeds.axes for text in axes.texts) == columns - 2 + len(contrasts) - 1
+
+
 def test_distance_figure_shows_every_score_without_overlap():
     for languages in (("en", "de", "es", "ru", "ar", "sw", "ja"), tuple(LANGUAGES)[:20]):
         _, values, contrasts = study(languages)

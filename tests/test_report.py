@@ -3,6 +3,7 @@ import html
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -195,6 +196,53 @@ def test_an_incomplete_study_says_so(toys, tmp_path):
     assert words.count(" failed ") >= 1 and words.count(" missing ") >= 2
     gains = find(study, load_records(study, tmp_path)).gains.set_index(["treatment", "target"])
     assert gains.loc[("qa", "toy_target"), "verdict"] == "missing" and gains.loc[("qa", "average"), "n_missing"] == 15
+
+
+@pytest.fixture
+def narrow(toys, monkeypatch):
+    """The toy study on a backbone with 64 positions, which can do neither the target toy_span nor the arms that train on toy_qa."""
+    for registry in (TASKS, BACKBONES):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    TASKS.register(replace(TASKS["toy_qa"], format="span_extraction", labels=()))
+    add_task("toy_span", "qa", "span_extraction")
+    BACKBONES.register(replace(BACKBONES["world-xlmr"], name="toy-narrow", max_length=64, contamination="it has read <toy_target>"))
+    return build_study(targets=("toy_target", "toy_span")).with_backbone("toy-narrow")
+
+
+def test_what_the_backbone_cannot_do_is_not_applicable_in_every_table(narrow, tmp_path):
+    cannot = {("qa", t) for t in ("toy_target", "toy_retrieval")} | {("all+mlm", t) for t in ("toy_target", "toy_retrieval")} | {(arm, "toy_span") for arm in ("none", "nli", "qa", "mlm", "all+mlm")}
+    assert {(i.cell.arm, i.cell.target) for i in narrow.inapplicable} == cannot
+    lacking = next(cell.run.id for cell in narrow.cells if (cell.arm, cell.target, cell.seed) == ("mlm", "toy_target", 1))
+    write_records(narrow, tmp_path, TRUTH, skip=[lacking])
+    path, table = study_report(narrow, tmp_path)
+    assert path.name == "toy-smoke-toy-narrow.html" and set(load_records(narrow, tmp_path)["backbone"]) == {"toy-narrow"}
+    found = find(narrow, load_records(narrow, tmp_path))
+    assert found.lost == ("toy_span",) and found.columns == ("toy_target", "toy_span", "toy_retrieval") and "toy_span" not in found.targets
+    gains = found.gains.set_index(["treatment", "baseline", "target"])
+    for (treatment, baseline, target), row in gains.iterrows():
+        gone = treatment in ("qa", "all+mlm") or target == "toy_span"
+        assert (row["verdict"] == "not applicable") == gone and (row["gain"] == row["gain"]) == (not gone)
+        assert row["n_missing"] == (5 if treatment == "mlm" and target != "toy_retrieval" and not gone else 0), "what is missing is counted, what is not applicable is not missing"
+    averages = found.gains[(found.gains["treatment"] == "nli") & found.gains["target"].str.startswith("average")].set_index("target")
+    assert averages["n_targets"].to_dict() == {"average": 2, "average_without_retrieval": 1} and (averages["n_inapplicable"] == 1).all()
+    text = path.read_text(encoding="utf-8")
+    words = " ".join(" ".join(Page(text).words).split())
+    for reason in ("toy_span reads sequences of 128 tokens, and toy-narrow has 64 positions", "toy_qa reads sequences of 128 tokens, and toy-narrow has 64 positions"):
+        assert words.count(reason) == 2, "in the notice and below the first figure"
+    assert "arms qa, all+mlm" in words and "target toy_span" in words and "the study was declared with world-xlmr" in words and "it has read <toy_target>" in words
+    assert "(toy_span is not applicable)" in words and "qa and all+mlm are not applicable." in words
+    assert not re.search(r"<td[^>]*>\s*</td>\s*<td[^>]*>\s*</td>\s*<td[^>]*>\s*</td>\s*<td[^>]*>\s*</td>", text.split("<h2>Runs</h2>")[0].split("Data as used")[0]), "no row of blanks"
+    assert table.count("not applicable") == 2 * 3 + 1 and "‡" in table and table.splitlines()[-1].startswith("‡ without targets")
+
+
+def test_a_study_whose_comparisons_are_all_not_applicable_shows_its_scores(narrow, tmp_path):
+    cells = tuple(cell for cell in narrow.declared if cell.arm in ("none", "qa"))
+    study = replace(narrow, cells=cells, inapplicable=(), contrasts=(Contrast(treatment="qa", baseline="none"),))
+    write_records(study, tmp_path, TRUTH)
+    path, table = study_report(study, tmp_path)
+    findings = find(study, load_records(study, tmp_path))
+    assert (findings.gains["verdict"] == "not applicable").all() and table.count("not applicable") == 2 and "‡" not in table
+    assert f"{findings.absolute.set_index('target').loc['toy_target', 'zero_shot']:.1f}" in path.read_text(encoding="utf-8")
 
 
 def test_one_seed_gives_no_verdict(toys, tmp_path):

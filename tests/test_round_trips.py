@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
 from types import SimpleNamespace
 
@@ -17,6 +17,7 @@ import torch
 
 from xtransfer.encoding import IGNORED, encode, pair_affixes
 from xtransfer.evaluation import predict_answers, predict_tags
+from xtransfer.heads import SpanHead
 from xtransfer.languages import UDPOS_CONFIGS
 from xtransfer.metrics import METRICS, normalize_squad
 from xtransfer.sources import Source, hub_loader
@@ -81,12 +82,13 @@ class Omniscient:
     """Stands in for a model: its logits are the targets."""
 
     encoder = SimpleNamespace(device=torch.device("cpu"))
+    heads = defaultdict(lambda: SpanHead(4, 2, 0.0))
 
     def __call__(self, batch, head):
         if "tag" in batch.targets:
             tags = batch.targets["tag"]
             return None, torch.nn.functional.one_hot(tags[tags != IGNORED], 32).float()
-        spans = batch.targets["span"]
+        spans = batch.targets["span"].clamp(min=0)  # "not here" is the first token
         logits = torch.zeros(len(spans), batch.lengths[-1], 2)
         for side in (0, 1):
             logits[torch.arange(len(spans)), spans[:, side], side] = 9.0
@@ -98,7 +100,7 @@ def decoded_answers(tokenizer, task, rows, chosen):
     encoded = encode(tokenizer, task, rows, chosen)
     spans = encoded.sequence_targets["span"]
     there = np.zeros(encoded.examples, dtype=bool)
-    there[encoded.example[spans.any(axis=1)]] = True
+    there[encoded.example[(spans >= 0).all(axis=1)]] = True
     return predict_answers(Omniscient(), task.name, encoded, [r["context"] for r in rows], chosen, False), there
 
 

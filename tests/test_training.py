@@ -11,6 +11,7 @@ import xtransfer.training
 from test_modeling import model_of
 from xtransfer.core import XtransferError
 from xtransfer.encoding import encode
+from xtransfer.objectives import Corruption
 from xtransfer.studies import Mixing, Recipe
 from xtransfer.tasks import TASKS, load_examples
 from xtransfer.training import Sampler, fit
@@ -33,7 +34,7 @@ def data(toys):
 
 def trained(data, folder, recipe=RECIPE, seed=0, scores=None, die_at=None, monkeypatch=None, save_seconds=1e9):
     """Train all formats; `scores` follow from the weights unless they are given; die before the update that follows step `die_at`."""
-    model = model_of(seed=seed)
+    model, corrupt = model_of(seed=seed), Corruption(objective="masked", recipe=recipe, vocabulary=22, mask=4, sentinels=(), end=2)
 
     def score_dev():
         if die_at == "dev":
@@ -50,7 +51,7 @@ def trained(data, folder, recipe=RECIPE, seed=0, scores=None, die_at=None, monke
         monkeypatch.setattr(xtransfer.training, "make_batch", lethal)
     try:
         torch.manual_seed(np.random.randint(1000))  # what the process did before must not matter
-        return model, fit(model, data, score_dev, recipe, Mixing(kind="uniform"), seed, folder, mask_id=4, save_seconds=save_seconds)
+        return model, fit(model, data, score_dev, recipe, Mixing(kind="uniform"), seed, folder, corrupt, save_seconds=save_seconds)
     finally:
         if isinstance(die_at, int):
             monkeypatch.setattr(xtransfer.training, "make_batch", real)

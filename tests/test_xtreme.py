@@ -193,7 +193,7 @@ def test_a_stage_starts_its_head_from_the_parents_head_that_its_task_continues(t
              "seed": 9, "score_splits": ["test"], "languages": [], "train_limit": 0, "score_limit": 0, "threads": 1}
     step = Step(tmp_path / "here", **asked)
     heads = step.model.heads
-    assert step.kept_heads == ["toy_copa"] and step.describe().loc["heads from the parent", ""] == "toy_copa"
+    assert step.kept_heads == ["toy_copa"] and step.describe().loc["heads kept", ""] == "toy_copa"
     assert all(torch.equal(value.cpu(), parent.heads["toy_choice"].state_dict()[key]) for key, value in heads["toy_copa"].state_dict().items())
     assert not torch.equal(heads["toy_pair"].out.weight.cpu(), parent.heads["toy_pair"].out.weight), "other heads start anew"
 

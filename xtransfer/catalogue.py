@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['WORLD_PRETRAINING', 'WORLD_INTERMEDIATE', 'WORLD_TARGET', 'WORLD_TARGETS', 'WORLD_SENTENCES', 'QUESTION',
-           'WORLD_INTERMEDIATES', 'WORLD_RETRIEVAL', 'WORLD_NOTE', 'STILTS', 'SMALL_TRAINING', 'SENTENCES',
-           'SMALL_NOTE', 'PHANG_CLASSIFICATION', 'PHANG_TAGGING', 'PHANG_QA', 'PHANG_TARGETS', 'PHANG_INTERMEDIATES',
-           'PAPER_NOTE', 'XTREME_R_CHOICE', 'XTREME_R_LAREQA', 'XTREME_R_MEWSLIX', 'XTREME_R_TARGETS',
-           'XTREME_R_PREPARATIONS']
+           'WORLD_INTERMEDIATES', 'WORLD_RETRIEVAL', 'WORLD_NOTE', 'STILTS', 'FAMILIES_QUESTION', 'WORLD_PRETRAININGS',
+           'SMALL_TRAINING', 'SENTENCES', 'SMALL_NOTE', 'PHANG_CLASSIFICATION', 'PHANG_TAGGING', 'PHANG_QA',
+           'PHANG_TARGETS', 'PHANG_INTERMEDIATES', 'PAPER_NOTE', 'XTREME_R_CHOICE', 'XTREME_R_LAREQA',
+           'XTREME_R_MEWSLIX', 'XTREME_R_TARGETS', 'XTREME_R_PREPARATIONS']
 
-# %% ../nbs/12_catalogue.ipynb #8b379970
+# %% ../nbs/12_catalogue.ipynb #ce38c13c
 from collections.abc import Mapping
 from dataclasses import replace
 
 import xtransfer.intermediate  # noqa: F401  these register their tasks, and the modifiers of tasks
 import xtransfer.modifiers  # noqa: F401
 import xtransfer.multilingual  # noqa: F401
+import xtransfer.pretrained  # noqa: F401  and this one the published backbones
+import xtransfer.prompts  # noqa: F401
 import xtransfer.text  # noqa: F401
 import xtransfer.world_tasks  # noqa: F401
 import xtransfer.xtreme  # noqa: F401
 import xtransfer.xtreme_r  # noqa: F401
-from .studies import STUDIES, Contrast, Mixing, Recipe, Stage, Study, StudyDeclaration, intermediate_cells
+from .studies import STUDIES, Cell, Contrast, Mixing, Recipe, Stage, Study, StudyDeclaration, intermediate_cells
 from .tasks import TASKS
+from .world_backbones import WORLD_BACKBONES
 
 # %% ../nbs/12_catalogue.ipynb #0c08a660
 WORLD_PRETRAINING = Recipe(name="world-pretraining", learning_rate=2e-3, batch_size=48, max_steps=2800, warmup=0.05, weight_decay=0.01, max_length=64,
@@ -65,6 +68,28 @@ STILTS = STUDIES.register(StudyDeclaration(name="stilts", question=QUESTION, pro
     "mini": lambda: _stilts_world("mini", ("none", "nli", "qa", "mc", "tagging", "multi", "multi+mlm", "mlm"), tuple(WORLD_TARGETS), (0, 1, 2), 2800,
                                   {"pretrain": 230, "intermediate": 30, "target": 4, "retrieval": 3}),
 }))
+
+# %% ../nbs/12_catalogue.ipynb #c66a2b94
+FAMILIES_QUESTION = "Do the family, the size and the modality of a backbone change what crosses languages without examples?"
+WORLD_PRETRAININGS: Mapping[str, tuple[str, Recipe]] = {  # backbone without its size -> what it is pretrained on, and how
+    "world-xlmr": ("world_text", WORLD_PRETRAINING),
+    "world-mt5": ("world_text", replace(WORLD_PRETRAINING, name="world-pretraining-mt5", learning_rate=1e-3, max_steps=1800)),
+    "world-bloom": ("world_text", replace(WORLD_PRETRAINING, name="world-pretraining-bloom", learning_rate=3e-3, max_steps=2000)),
+    "world-clip": ("world_captions", replace(WORLD_PRETRAINING, name="world-pretraining-clip", learning_rate=2e-3, max_steps=1500, batch_size=96)),
+}
+
+def _families(profile: str, seeds: tuple[int, ...]) -> Study:
+    """Every backbone of the world, with nothing between its pretraining and the targets."""
+    cells: tuple[Cell, ...] = ()
+    for backbone in WORLD_BACKBONES:
+        task, recipe = WORLD_PRETRAININGS[backbone.removesuffix("-small")]
+        cells += intermediate_cells(backbone, {backbone: ()}, WORLD_TARGETS, WORLD_RETRIEVAL, seeds, Stage(train=(task,), recipe=recipe, seed=0), WORLD_SENTENCES)
+    large, ending = [name for name in WORLD_PRETRAININGS if name != "world-xlmr"], "-small"
+    pairs = [(name, "world-xlmr") for name in large] + [(name + ending, "world-xlmr" + ending) for name in large] + [(name, name + ending) for name in WORLD_PRETRAININGS]
+    return Study(name="families", profile=profile, question=FAMILIES_QUESTION, cells=cells, contrasts=tuple(Contrast(treatment=a, baseline=b) for a, b in pairs), distance="typological",
+                 note=WORLD_NOTE.replace("the encoder is", "the backbones are"), reference_seconds={"pretrain": 200, "target": 8, "retrieval": 4})
+
+STUDIES.register(StudyDeclaration(name="families", question=FAMILIES_QUESTION, profiles={"smoke": lambda: _families("smoke", (0,)), "mini": lambda: _families("mini", (0, 1, 2))}))
 
 # %% ../nbs/12_catalogue.ipynb #43c0f706
 SMALL_TRAINING = Recipe(name="small", learning_rate=3e-4, batch_size=32, epochs=2, max_length=256, stride=128, evaluations=4, source="not tuned: the encoder's weights are random")

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'MAX_QUESTION', 'MAX_QUERY', 'ENCODERS', 'Encoded', 'encode_classification', 'encode_choices',
-           'special_affixes', 'encode_tagging', 'pair_affixes', 'encode_questions', 'encode_text', 'encode_sentences',
-           'encode_sides', 'encode_ranked', 'encode', 'Batch', 'make_batch', 'evaluation_batches']
+           'with_segments', 'special_affixes', 'word_prefix', 'encode_tagging', 'pair_affixes', 'encode_questions',
+           'encode_text', 'encode_sentences', 'encode_sides', 'encode_ranked', 'encode_captions', 'encode', 'Batch',
+           'make_batch', 'evaluation_batches']
 
-# %% ../nbs/15_encoding.ipynb #c5c47a4b
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+# %% ../nbs/15_encoding.ipynb #becc401f
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -89,7 +90,17 @@ def encode_choices(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]]
     ids, truncated = _ids_of_texts(tokenizer, [rows[i]["text"] for i in owner], [c for r in rows for c in r["choices"]], recipe.max_length)
     return _flat(ids, owner, examples=len(rows), truncated=len({owner[k] for k in truncated}), example_targets={"label": np.array([r["label"] for r in rows], dtype=np.int64)})
 
-# %% ../nbs/15_encoding.ipynb #b012504c
+# %% ../nbs/15_encoding.ipynb #dff24bb1
+def with_segments(tokenizer: Any, encoded: Encoded) -> Encoded:
+    """The same with the segment of each token (0, 1) where the tokenizer's models read it."""
+    if "token_type_ids" not in tokenizer.model_input_names or tokenizer.sep_token_id is None:
+        return encoded
+    ended = np.cumsum(encoded.ids == tokenizer.sep_token_id) - (encoded.ids == tokenizer.sep_token_id)  # separators before each token, of all sequences
+    before = np.concatenate([ended, [0]])[encoded.starts[:-1]]
+    segment = np.minimum(ended - np.repeat(before, encoded.lengths), 1)
+    return replace(encoded, token_targets=dict(encoded.token_targets) | {"segment": segment.astype(np.int64)})
+
+# %% ../nbs/15_encoding.ipynb #3705737e
 def special_affixes(
     tokenizer: Any,
 ) -> tuple[list[int], list[int]]:  # ids put before and after a single text
@@ -120,11 +131,21 @@ def _word_windows(
             back, shared = back - 1, shared + sizes[back - 1]
         first = back
 
+def word_prefix(
+    tokenizer: Any,
+) -> str:  # "" or a space
+    """What must stand before a word given alone to be cut as it is inside a text: byte-level tokenizers want its space."""
+    def cut(text: str | list[str]) -> list[int]:
+        return tokenizer(text, is_split_into_words=isinstance(text, list), add_special_tokens=False)["input_ids"][-1:]
+    probes = ("a", "1")  # some tokenizers give digits no space of their own
+    return " " if any(cut([word, word]) != cut(f"{word} {word}") == cut([f" {word}", f" {word}"]) for word in probes) else ""
+
 def encode_tagging(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
     """One sequence per window of words; the target of a word's first subword is its tag, all others are IGNORED."""
     before, after = special_affixes(tokenizer)
     room = recipe.max_length - len(before) - len(after)
-    encodings = tokenizer([list(r["tokens"]) for r in rows], is_split_into_words=True, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    space = word_prefix(tokenizer)
+    encodings = tokenizer([[space + word for word in r["tokens"]] for r in rows], is_split_into_words=True, add_special_tokens=False, return_attention_mask=False, verbose=False)
     index = {label: i for i, label in enumerate(task.labels)}
     sequences, owner, words, tags, truncated = [], [], [], [], 0
     for i, row in enumerate(rows):
@@ -141,18 +162,18 @@ def encode_tagging(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]]
             tags.extend(IGNORED if w < 0 else index[row["tags"][w]] for w in begins)
     return _flat(sequences, owner, examples=len(rows), truncated=truncated, token_targets={"tag": np.array(tags, dtype=np.int64), "word": np.array(words, dtype=np.int64)})
 
-# %% ../nbs/15_encoding.ipynb #e9ef5394
+# %% ../nbs/15_encoding.ipynb #7ff29333
 MAX_QUESTION = 64  # tokens. Source: google-research/xtreme, scripts/train_qa.sh, --max_query_length
 
 def _answer_tokens(
     characters: np.ndarray,  # int64 [length, 2] of one window, -1 outside the context
     start: int,  # first character of the answer
     end: int,  # character after its last
-) -> tuple[int, int]:  # first and last token, or (0, 0)
+) -> tuple[int, int]:  # first and last token, or (-1, -1)
     """The tokens of a window that cover an answer."""
     inside = np.flatnonzero((characters[:, 0] >= 0) & (characters[:, 0] < end) & (characters[:, 1] > start))
     covered = inside.size and characters[inside[0], 0] <= start and characters[inside[-1], 1] >= end
-    return (int(inside[0]), int(inside[-1])) if covered else (0, 0)
+    return (int(inside[0]), int(inside[-1])) if covered else (-1, -1)
 
 def _answer_characters(
     row: Mapping[str, Any],
@@ -239,7 +260,7 @@ def encode_sentences(
     ids, truncated = _ids_of_texts(tokenizer, list(sentences), None, max_length)
     return _flat(ids, truncated=len(truncated))
 
-# %% ../nbs/15_encoding.ipynb #751401d3
+# %% ../nbs/15_encoding.ipynb #6a93e6d4
 MAX_QUERY = 96  # tokens. Source: google-research/xtreme, scripts/train_lareqa.sh, MAX_QUERY_LEN
 
 def encode_sides(
@@ -258,7 +279,7 @@ def encode_sides(
             truncated += len(cut)
             for i, sequence in zip(chosen, found):
                 ids[i] = sequence
-    return _flat(ids, truncated=truncated)
+    return with_segments(tokenizer, _flat(ids, truncated=truncated))
 
 def encode_ranked(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
     """Two sequences per query, its own and that of its first right candidate; the target is the numbers of all its right candidates, the first one's first."""
@@ -276,8 +297,17 @@ def encode_ranked(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]],
     pairs = [sequences[k] for i, q in enumerate(queries) for k in (i, place[q["relevant"][0]])]
     return _flat(pairs, np.repeat(np.arange(len(queries)), 2), examples=len(queries), truncated=sides.truncated, example_targets={"relevant": relevant})
 
+# %% ../nbs/15_encoding.ipynb #cdb336fd
+def encode_captions(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
+    """One sequence per caption; the target is the picture, uint8 [side, side, 3]."""
+    if len(shapes := {r["image"].shape for r in rows}) > 1:
+        raise XtransferError(f"the images of task {task.name} differ in size: {', '.join(sorted(f'{shape[0]} x {shape[1]}' for shape in shapes))} pixels; its `read` has to bring them to one.")
+    ids, truncated = _ids_of_texts(tokenizer, [r["text"] for r in rows], None, recipe.max_length)
+    return _flat(ids, example_targets={"image": np.stack([r["image"] for r in rows])}, truncated=len(truncated))
+
+# %% ../nbs/15_encoding.ipynb #ef25710b
 ENCODERS = {"sequence_classification": encode_classification, "multiple_choice": encode_choices, "token_classification": encode_tagging,
-            "span_extraction": encode_questions, "masked_lm": encode_text, "ranked_retrieval": encode_ranked}
+            "span_extraction": encode_questions, "masked_lm": encode_text, "ranked_retrieval": encode_ranked, "image_text": encode_captions}
 
 def encode(
     tokenizer: Any,  # a fast transformers tokenizer
@@ -286,9 +316,9 @@ def encode(
     recipe: Recipe,  # max_length, stride
 ) -> Encoded:
     """Encode examples of any trainable format."""
-    return ENCODERS[task.format](tokenizer, task, rows, recipe)
+    return with_segments(tokenizer, ENCODERS[task.format](tokenizer, task, rows, recipe))
 
-# %% ../nbs/15_encoding.ipynb #75a432b0
+# %% ../nbs/15_encoding.ipynb #9f41bf2d
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Sequences in one flat row, ascending by length."""
@@ -299,12 +329,16 @@ class Batch:
     sequence: np.ndarray  # int64 [sequences]: its number in Encoded
     examples: int
     targets: Mapping[str, torch.Tensor]  # Encoded's targets of these examples, sequences and tokens
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None  # of a batch that several processes share, see `together`
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         moved = {k: v.to(device, non_blocking=True) for k, v in self.targets.items()}
-        return Batch(input_ids=self.input_ids.to(device, non_blocking=True), lengths=self.lengths, example=self.example.to(device), within=self.within.to(device),
-                     sequence=self.sequence, examples=self.examples, targets=moved)
+        return replace(self, input_ids=self.input_ids.to(device, non_blocking=True), example=self.example.to(device), within=self.within.to(device), targets=moved)
+
+    def together(self, rows: torch.Tensor) -> torch.Tensor:
+        """One row per example of this batch, and where several processes share a batch those of all its examples."""
+        return rows if self.gather is None else self.gather(rows)
 
 def make_batch(
     encoded: Encoded,

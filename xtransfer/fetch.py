@@ -53,7 +53,7 @@ def pin_sources(sources: list[Source]) -> dict[str, str]:
     write_json(data_folder() / PINS_NAME, dict(sorted(known.items())))
     return known
 
-# %% ../nbs/14d_fetch.ipynb #9d1b3ed1
+# %% ../nbs/14d_fetch.ipynb #cb5940ae
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 def fetch_backbone(backbone: Backbone) -> str:
@@ -66,15 +66,17 @@ def fetch_backbone(backbone: Backbone) -> str:
 
     disable_progress_bars()
     fetched = []
-    for repo in dict.fromkeys(r for r in (backbone.tokenizer, backbone.checkpoint) if r is not None):
+    weights = backbone.checkpoint if backbone.folder is None else None
+    for repo in dict.fromkeys(r for r in (backbone.tokenizer, weights) if r is not None and not Path(r).is_dir()):
+        revision = backbone.revision if repo == backbone.checkpoint else "main"  # the revision is that of the weights
         try:
-            folder = Path(snapshot_download(repo, revision=backbone.revision, allow_patterns=[*TEXT_FILES, *(("*.safetensors",) if repo == backbone.checkpoint else ())]))
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*TEXT_FILES, *(("*.safetensors",) if repo == backbone.checkpoint else ())]))
             if repo == backbone.checkpoint and not any(folder.rglob("*.safetensors")):
-                snapshot_download(repo, revision=backbone.revision, allow_patterns=["pytorch_model*.bin*"])
+                snapshot_download(repo, revision=revision, allow_patterns=["pytorch_model*.bin*"])
         except Exception as error:
-            raise XtransferError(f"the files of backbone {backbone.name} cannot be fetched from {repo} (revision {backbone.revision}): {str(error).strip().splitlines()[0].rstrip('.')}.") from error
+            raise XtransferError(f"the files of backbone {backbone.name} cannot be fetched from {repo} (revision {revision}): {str(error).strip().splitlines()[0].rstrip('.')}.") from error
         if repo == backbone.checkpoint and not any((*folder.rglob("*.safetensors"), *folder.rglob("*.bin"))):
-            raise XtransferError(f"{repo} (revision {backbone.revision}) holds no weights for backbone {backbone.name}; its files are: {', '.join(sorted(p.name for p in folder.rglob('*')))}.")
+            raise XtransferError(f"{repo} (revision {revision}) holds no weights for backbone {backbone.name}; its files are: {', '.join(sorted(p.name for p in folder.rglob('*')))}.")
         fetched.append(repo)
     return ", ".join(fetched) or "nothing to fetch"
 

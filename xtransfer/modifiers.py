@@ -135,8 +135,8 @@ def sample(task: Task, arguments: tuple[str, ...]) -> Task:
 
 MODIFIERS["sample"] = sample
 
-# %% ../nbs/03a_modifiers.ipynb #50bff72a
-_TEXT_COLUMN = {"span_extraction": "question", "token_classification": "tokens", "retrieval": "query"}  # by format; all others have "text"
+# %% ../nbs/03a_modifiers.ipynb #fcf8ce06
+_TEXT_COLUMN = {"span_extraction": "question", "token_classification": "tokens", "retrieval": "query", "prompted": "prompt"}  # by format; all others have "text"
 LONGEST_REAL = 40  # words of a text that are used: a shuffled paragraph is too easy to tell
 SHORTEST_REAL = 4  # words that a text needs
 

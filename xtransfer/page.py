@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from .plots import signed
 
-# %% ../nbs/13a_page.ipynb #abd7e043
+# %% ../nbs/13a_page.ipynb #be8b6211
 _CSS = """
 :root { --ink: #1d1d1f; --soft: #5c5f66; --line: #d9dbe0; --wash: #f6f7f9; --good: #1b5e9e; --bad: #a3341f; }
 * { box-sizing: border-box; }
@@ -39,12 +39,12 @@ figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; display
 .wide { overflow-x: auto; margin: .8rem 0 1.2rem; } table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; line-height: 1.35; }
 th { text-align: left; font-weight: 600; border-bottom: 1.5px solid var(--ink); padding: .3rem .7rem .3rem 0; vertical-align: bottom; } td { padding: .22rem .65rem .22rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; white-space: nowrap; } td.whole { white-space: nowrap; } tr.average td { font-weight: 600; background: var(--wash); } tbody.group tr:last-child td { border-bottom: 1.5px solid var(--soft); }
-.helps { color: var(--good); font-weight: 600; } .hurts { color: var(--bad); font-weight: 600; } .answer li.helps, .answer li.hurts { color: inherit; font-weight: inherit; } .small { font-size: .78rem; } .failed, .missing { color: var(--bad); }
+.helps { color: var(--good); font-weight: 600; } .hurts { color: var(--bad); font-weight: 600; } .answer li.helps, .answer li.hurts { color: inherit; font-weight: inherit; } .small { font-size: .78rem; } .failed, .missing { color: var(--bad); } .not.applicable { color: var(--soft); font-style: italic; font-weight: 400; }
 code { font: .85em ui-monospace, "SF Mono", Menlo, Consolas, "Noto Sans Mono", monospace; overflow-wrap: anywhere; }
 @media print { body { font-size: 10.5pt; padding: 0; max-width: none; } h2 { break-after: avoid; } figure, tr, .notice, .answer li { break-inside: avoid; } h3 { break-after: avoid; } thead { display: table-header-group; } .wide { overflow: visible; } a { color: inherit; } table { font-size: 7.5pt; } .small { font-size: 6.5pt; } @page { margin: 16mm 14mm; } }
 """
 
-# %% ../nbs/13a_page.ipynb #241e70ee
+# %% ../nbs/13a_page.ipynb #bd87d731
 _TOP = """
 <header><div class="eyebrow">xtransfer · study <b>{{ study.name }}</b> · profile <b>{{ study.profile }}</b> · {{ backbones | join(", ") }}</div>
 <h1>{{ study.question }}</h1></header>
@@ -57,53 +57,53 @@ _TOP = """
 <dl class="facts">{% for name, text in facts %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
 <figure>{{ figure("gains", "Heatmap of transfer gains, arms in rows and targets in columns") }}
 <figcaption>Zero-shot gain of each arm on each target, mean over seeds and languages without English, with its interval. Bold and *: the interval excludes zero. Rows “a vs b” compare with arm b, all others with no intermediate training.
-Colours are centred on zero and saturate at the range of the scale.{% if partial %} †: some pairs are missing.{% endif %}</figcaption></figure>
+Colours are centred on zero and saturate at the range of the scale.{% if partial %} †: some pairs are missing.{% endif %}{% if inapplicable %} ‡: the average goes over fewer targets, without those that are not applicable.<br><span id="not-applicable">Not applicable: {% for label, reason in inapplicable %}<b>{{ label }}</b>, since {{ reason }}{{ "; " if not loop.last else "." }}{% endfor %} Nothing was cut to make it fit.</span>{% endif %}</figcaption></figure>
 """
 
 _GAINS = """
 <h2>Gains</h2><div class="wide"><table><caption>Paired by seed and language. “pairs”: seed–language pairs with both sides; missing ones in brackets. “interval from”: which of the three intervals described below was the widest and is shown.{% if any_same %}
- ° the arm trains on a task of the target's own kind.{% endif %}{% if any_capped %} ◧ some of the data was capped.{% endif %}</caption>
+ ° the arm trains on a task of the target's own kind.{% endif %}{% if any_capped %} ◧ some of the data was capped.{% endif %}{% if inapplicable %} ‡ without the targets that are <a href="#not-applicable">not applicable</a>.{% endif %}</caption>
 <thead><tr><th>arm</th><th>target</th><th class="n">gain</th><th class="n">95 % interval</th><th>verdict</th><th class="n">English gain</th><th class="n">English interval</th><th class="n">seeds × languages</th><th class="n">pairs</th><th>interval from</th></tr></thead>
 {% for label, rows in gain_groups %}<tbody class="group">{% for row in rows %}<tr{% if row.target in averages %} class="average"{% endif %}><td>{% if loop.first %}{{ label }}{% endif %}</td>
-<td class="whole">{{ row.target | replace("average_without_retrieval", "average without retrieval") }}{% if row.same %} °{% endif %}{% if row.capped %} ◧{% endif %}</td><td class="n">{{ row.gain | signed }}</td><td class="n">{{ row | interval }}</td>
+<td class="whole">{{ row.target | replace("average_without_retrieval", "average without retrieval") }}{% if row.same %} °{% endif %}{% if row.capped %} ◧{% endif %}{% if row.n_inapplicable and row.n_pairs %} ‡{% endif %}</td>{% if row.verdict == "not applicable" %}<td class="not applicable" colspan="8">not applicable</td>{% else %}<td class="n">{{ row.gain | signed }}</td><td class="n">{{ row | interval }}</td>
 <td class="whole {{ row.verdict }}">{{ row.verdict }}</td><td class="n">{{ row.english_gain | signed }}</td><td class="n">{{ row | english_interval }}</td><td class="n">{{ row.n_seeds }} × {{ row.n_languages }}</td>
-<td class="n">{{ row.n_pairs }}{% if row.n_missing %} ({{ row.n_missing }}){% endif %}</td><td class="whole">{{ row.method | replace("_", ", ") }}</td></tr>{% endfor %}</tbody>{% endfor %}</table></div>
+<td class="n">{{ row.n_pairs }}{% if row.n_missing %} ({{ row.n_missing }}){% endif %}</td><td class="whole">{{ row.method | replace("_", ", ") }}</td>{% endif %}</tr>{% endfor %}</tbody>{% endfor %}</table></div>
 <h2>Every seed</h2><figure>{{ figure("seeds", "Gains of every seed with mean and interval, one panel per target") }}
 <figcaption>Rings: the mean over zero-shot languages of each seed. Diamond and bar: gain and interval. Pretraining, where it is part of the study, varies with the seed.</figcaption></figure>
 """
 
-# %% ../nbs/13a_page.ipynb #61842150
+# %% ../nbs/13a_page.ipynb #63a5f5b5
 _LEVELS = """
 <h2>Absolute scores</h2><div class="wide"><table><caption>Zero-shot mean over languages, ± standard deviation over seeds; below it English, and the gap to it. A gain means little at floor or ceiling.</caption>
 <thead><tr><th>arm</th>{% for target in targets %}<th class="n">{{ target }}<br><span class="soft small">{{ measures[target] }}</span></th>{% endfor %}</tr></thead><tbody>
-{% for arm, cells in levels %}<tr><td>{{ arm }}</td>{% for cell in cells %}<td class="n">{% if cell %}<b>{{ cell.zero_shot | plain }}</b>{{ cell.zero_shot_sd | spread }}{% if cell.capped %} ◧{% endif %}{% if cell.n_missing %} †{% endif %}
-<div class="soft small">{% if cell.english == cell.english %}en {{ cell.english | plain }}{{ cell.english_sd | spread }}<br>gap {{ cell.gap | plain }}{% else %}no English{% endif %}</div>{% else %}<span class="missing">missing</span>{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
+{% for arm, cells in levels %}<tr><td>{{ arm }}</td>{% for cell in cells %}<td class="n">{% if cell.state is not defined %}<b>{{ cell.zero_shot | plain }}</b>{{ cell.zero_shot_sd | spread }}{% if cell.capped %} ◧{% endif %}{% if cell.n_missing %} †{% endif %}
+<div class="soft small">{% if cell.english == cell.english %}en {{ cell.english | plain }}{{ cell.english_sd | spread }}<br>gap {{ cell.gap | plain }}{% else %}no English{% endif %}</div>{% else %}<span class="{{ cell.state }}">{{ cell.state }}</span>{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
 {% if retrieval %}<h2>Retrieval, raw and language-centred</h2><p>Nothing is trained for these targets: sentences are compared by the cosine of their mean vectors. Much of what separates languages there is an offset common to all sentences of a language;
 “centred” subtracts each language's mean vector first. A gain in the raw score that disappears after centring moved the means together, not the sentences.</p>
 <div class="wide"><table><thead><tr><th>arm</th><th>target</th><th class="n">raw score</th><th class="n">raw gain</th><th>verdict</th><th class="n">centred score</th><th class="n">centred gain</th><th>verdict</th></tr></thead><tbody>
-{% for row in retrieval %}<tr><td>{{ row.label }}</td><td>{{ row.target }}</td><td class="n">{{ row.raw_score | plain }}</td><td class="n">{{ row.raw | words }}</td><td class="{{ row.raw.verdict }}">{{ row.raw.verdict }}</td>
-<td class="n">{{ row.centred_score | plain }}</td><td class="n">{{ row.centred | words }}</td><td class="{{ row.centred.verdict }}">{{ row.centred.verdict }}</td></tr>{% endfor %}</tbody></table></div>{% endif %}
+{% for row in retrieval %}<tr><td>{{ row.label }}</td><td>{{ row.target }}</td>{% if row.raw.verdict == "not applicable" %}<td class="not applicable" colspan="6">not applicable</td>{% else %}<td class="n">{{ row.raw_score | plain }}</td><td class="n">{{ row.raw | words }}</td><td class="{{ row.raw.verdict }}">{{ row.raw.verdict }}</td>
+<td class="n">{{ row.centred_score | plain }}</td><td class="n">{{ row.centred | words }}</td><td class="{{ row.centred.verdict }}">{{ row.centred.verdict }}</td>{% endif %}</tr>{% endfor %}</tbody></table></div>{% endif %}
 {% if controls %}<h2>Against a control arm</h2><p>When an arm that mixes several things helps, any of them may be the reason. Each contrast compares it with an arm that has only a part of the mixture, named on the right.</p>
 <div class="wide"><table><thead><tr><th>contrast</th>{% for target in control_targets %}<th class="n">{{ target | replace("average_without_retrieval", "average without retrieval") }}</th>{% endfor %}</tr></thead><tbody>
-{% for label, cells in controls %}<tr><td>{{ label }}</td>{% for cell in cells %}<td class="n {{ cell.verdict }}">{{ cell.gain | signed }}<div class="small">{{ cell | interval }}</div></td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endif %}
+{% for label, cells in controls %}<tr><td>{{ label }}</td>{% for cell in cells %}<td class="n {{ cell.verdict }}">{% if cell.gain == cell.gain %}{{ cell.gain | signed }}{% if cell.n_inapplicable %} ‡{% endif %}<div class="small">{{ cell | interval }}</div>{% else %}{{ cell.verdict }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endif %}
 """
 
 _LANGUAGES_PART = """
 <h2>Language by language</h2>{% for name in distance_figures %}<figure>{{ figure(name, "Scores per language and arm, one panel per target") }}
-{% if loop.last %}<figcaption>Line: no intermediate training. Dots: arms, mean over seeds. Languages from near to far from English ({{ study.distance }} distance; below the code where there is room, and in the table of languages).</figcaption>{% endif %}</figure>{% endfor %}
+{% if loop.last %}<figcaption>Line: no intermediate training. Dots: arms, mean over seeds. Languages from near to far from English ({{ study.distance }} distance; below the code where there is room, and in the table of languages).{% if inapplicable %} What is <a href="#not-applicable">not applicable</a> has no dots and no panel.{% endif %}</figcaption>{% endif %}</figure>{% endfor %}
 <div class="wide"><table><caption>The languages.</caption><thead><tr><th>code</th><th>language</th><th>family</th><th>script</th><th class="n">{{ study.distance }} distance</th></tr></thead><tbody>
 {% for l in language_rows %}<tr><td>{{ l.code }}</td><td>{{ l.name }}</td><td>{{ l.family }}</td><td>{{ l.script }}</td><td class="n">{{ l.distance }}</td></tr>{% endfor %}</tbody></table></div>
 <div class="wide"><table><caption>Negative transfer: the share of target–language combinations whose mean gain over seeds is below zero (one half is what no effect gives), and the worst of them.</caption><thead><tr><th>arm</th><th class="n">below zero</th><th class="n">combinations</th><th>worst</th><th class="n">gain there</th></tr></thead><tbody>
-{% for row in rates %}<tr><td>{{ row.label }}</td><td class="n">{{ (100 * row.rate) | plain }} %</td><td class="n">{{ row.n_cells }}{% if row.n_missing %} ({{ row.n_missing }} missing){% endif %}</td><td>{{ row.worst_target }}, {{ row.worst_language }}</td><td class="n">{{ row.worst_gain | signed }}</td></tr>{% endfor %}</tbody></table></div>
+{% for row in rates %}<tr><td>{{ row.label }}</td>{% if row.rate is not defined %}<td class="not applicable" colspan="4">not applicable</td>{% else %}<td class="n">{{ (100 * row.rate) | plain }} %</td><td class="n">{{ row.n_cells }}{% if row.n_missing %} ({{ row.n_missing }} missing){% endif %}</td><td>{{ row.worst_target }}, {{ row.worst_language }}</td><td class="n">{{ row.worst_gain | signed }}</td>{% endif %}</tr>{% endfor %}</tbody></table></div>
 {% if correlations %}<div class="wide"><table><caption>Rank correlation (Spearman) of the gain with {{ study.distance }} distance over zero-shot languages, with a bootstrap interval over languages; bold where it excludes zero. A positive number: distant languages gain more.</caption>
 <thead><tr><th>arm</th>{% for target in targets %}<th class="n">{{ target }}</th>{% endfor %}</tr></thead><tbody>
-{% for label, cells in correlations %}<tr><td>{{ label }}</td>{% for cell in cells %}<td class="n">{% if cell and cell.rho == cell.rho %}{% if cell.low > 0 or cell.high < 0 %}<b>{{ cell.rho | correlation }}</b>{% else %}{{ cell.rho | correlation }}{% endif %}<div class="small soft">{{ cell.low | correlation }} to {{ cell.high | correlation }}</div>{% else %}–{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endif %}
+{% for label, cells in correlations %}<tr><td>{{ label }}</td>{% for cell in cells %}<td class="n">{% if cell.rho is not defined %}<span class="{{ cell.state }}">{{ cell.state }}</span>{% elif cell.rho == cell.rho %}{% if cell.low > 0 or cell.high < 0 %}<b>{{ cell.rho | correlation }}</b>{% else %}{{ cell.rho | correlation }}{% endif %}<div class="small soft">{{ cell.low | correlation }} to {{ cell.high | correlation }}</div>{% else %}–{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endif %}
 """
 
-# %% ../nbs/13a_page.ipynb #b6ed2023
+# %% ../nbs/13a_page.ipynb #afbd6892
 _DETAILS = """
 <h2>What was run</h2><div class="wide"><table><caption>Arms: what is trained between the common start and the target.</caption><thead><tr><th>arm</th><th>intermediate training</th></tr></thead><tbody>
-{% for arm, tasks in arms %}<tr><td>{{ arm }}</td><td>{{ tasks | join(", ") or "none" }}</td></tr>{% endfor %}</tbody></table></div>
+{% for arm, tasks, able in arms %}<tr><td>{{ arm }}</td><td>{{ tasks | join(", ") or "none" }}{% if not able %} <span class="not applicable">not applicable</span>{% endif %}</td></tr>{% endfor %}</tbody></table></div>
 <div class="wide"><table><caption>Targets.</caption><thead><tr><th>target</th><th>kind</th><th>format</th><th>English training data</th><th>score</th><th>split</th><th>data</th><th>license</th></tr></thead><tbody>
 {% for t in target_rows %}<tr><td>{{ t.name }}</td><td>{{ t.kind }}</td><td>{{ t.format }}</td><td>{{ t.trains_on or "none (not trained)" }}</td><td>{{ t.measure }}</td><td>{{ t.split }}</td><td>{{ t.source }}</td><td>{{ t.license }}</td></tr>{% endfor %}</tbody></table></div>
 <div class="wide"><table><caption>Recipes: the numbers of each training stage.</caption><thead><tr><th>stage</th><th>recipe</th><th class="n">learning rate</th><th class="n">batch</th><th class="n">length of training</th><th class="n">max tokens</th><th>where the numbers are from</th></tr></thead><tbody>
@@ -129,10 +129,12 @@ _PAGE = """<!doctype html>
 {% include "top" %}{% include "gains" %}{% include "levels" %}{% include "languages" %}{% include "details" %}</body></html>
 """
 
-# %% ../nbs/13a_page.ipynb #f936d944
+# %% ../nbs/13a_page.ipynb #247de809
 def interval_words(row: Mapping[str, Any]) -> str:
     """A gain with its interval: +2.3 (+0.4 to +4.2)."""
-    return "missing" if pd.isna(row["gain"]) else signed(row["gain"]) if pd.isna(row["low"]) else f"{signed(row['gain'])} ({signed(row['low'])} to {signed(row['high'])})"
+    if pd.isna(row["gain"]):
+        return "not applicable" if row.get("verdict") == "not applicable" else "missing"
+    return signed(row["gain"]) if pd.isna(row["low"]) else f"{signed(row['gain'])} ({signed(row['low'])} to {signed(row['high'])})"
 
 def _environment() -> Environment:
     """Jinja with escaping on and the filters of the templates."""

@@ -60,7 +60,7 @@ def arm_colours(
     order = [0, 1, 2, 4, 9, 3, 5, 6]  # without grey, and without yellow, which vanishes on white
     return {"none": "#555555"} | {arm: palette[order[i % len(order)]] for i, arm in enumerate(names)}
 
-# %% ../nbs/13_plots.ipynb #e2341571
+# %% ../nbs/13_plots.ipynb #4368db99
 def contrast_label(treatment: str, baseline: str) -> str:
     """How a contrast is written: the baseline is named only when it is not the arm without intermediate training."""
     return treatment if baseline == "none" else f"{treatment} vs {baseline}"
@@ -77,11 +77,12 @@ def _wrapped(name: str) -> str:
 def _cell_texts(axes: Axes, row: Mapping[str, Any], x: float, y: float, pale: bool) -> None:
     """The gain of one cell and its interval."""
     if np.isnan(row["gain"]):
-        axes.text(x, y, "missing", ha="center", va="center", fontsize=STYLE["small"], color=FAINT, style="italic")
+        words = "not\napplicable" if row.get("verdict") == "not applicable" else "missing"
+        axes.text(x, y, words, ha="center", va="center", fontsize=STYLE["small"], color=FAINT, style="italic", linespacing=1.0)
         return
     resolved = row["verdict"] in ("helps", "hurts")
     colour = INK if pale else "white"
-    star, dagger = "*" if resolved else "", "†" if row["partial"] else ""
+    star, dagger = "*" if resolved else "", "†" * bool(row["partial"]) + "‡" * bool(row["n_inapplicable"])
     axes.text(x, y - 0.14, f"{signed(row['gain'])}{star}{dagger}", ha="center", va="center", fontsize=STYLE["font_size"] + 1, weight="bold" if resolved else "normal", color=colour)
     if not np.isnan(row["low"]):
         axes.text(x, y + 0.22, f"{signed(row['low'])} … {signed(row['high'])}", ha="center", va="center", fontsize=STYLE["small"] - 1.5, color=colour)
@@ -114,12 +115,14 @@ def plot_gains(
     axes.tick_params(length=0)
     return figure
 
-# %% ../nbs/13_plots.ipynb #d105d280
+# %% ../nbs/13_plots.ipynb #7b14a8d2
 def _seed_panel(axes: Axes, table: pd.DataFrame, of_seeds: pd.DataFrame, rows: Sequence[str], colours: Mapping[str, Any]) -> None:
     """One target of `plot_seeds`."""
     axes.axvline(0, color=FAINT, linewidth=1)
     for y, contrast in enumerate(rows):
         for _, row in table[table["contrast"] == contrast].iterrows():
+            if row["verdict"] == "not applicable":
+                axes.text(0.03, y, "not applicable", transform=axes.get_yaxis_transform(), va="center", fontsize=STYLE["small"], color=FAINT, style="italic", backgroundcolor="white")
             colour = colours[row["treatment"]]
             axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2.2, alpha=0.55, solid_capstyle="round")
             axes.plot(row["gain"], y, marker="D", markersize=6, color=colour, markeredgecolor="white")
@@ -152,7 +155,7 @@ def plot_seeds(
     figure.supxlabel("zero-shot gain, points", fontsize=STYLE["font_size"], color=INK)
     return figure
 
-# %% ../nbs/13_plots.ipynb #b0291fb2
+# %% ../nbs/13_plots.ipynb #146d7506
 MOST_NUMBERS = 24  # languages of a panel whose distances are printed; more of them would cover each other
 
 def _language_ticks(table: pd.DataFrame) -> tuple[list[str], list[str]]:
@@ -183,6 +186,7 @@ def plot_distance(
     kind: str,  # of distance, for the axis
     targets: Sequence[str] = (),  # panels in this order; () takes the table's
     baseline: str = "none",  # only contrasts with this baseline are drawn
+    known_arms: Iterable[str] = (),  # arms of the study that may not be in the table, so that colours are those of its other figures
 ) -> Chart:
     """Scores of baseline and arms per language from near to far from English, a panel per target.
 
@@ -194,7 +198,7 @@ def plot_distance(
     present = set(shown["target"])
     panels, arms = [t for t in targets or dict.fromkeys(shown["target"]) if t in present], list(dict.fromkeys(shown["treatment"]))
     columns = 1 if shown["language"].nunique() * len(arms) > 48 else min(2, len(panels))
-    height, colours = -(-len(panels) // columns), arm_colours(languages["treatment"])
+    height, colours = -(-len(panels) // columns), arm_colours({*languages["treatment"], *known_arms})
     figure = Chart(figsize=(9.6 if columns == 1 else 11, 2.5 * height + 0.6))
     grid = figure.subplots(height, columns, squeeze=False)
     for axes in grid.flat[len(panels):]:

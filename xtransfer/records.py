@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA_VERSION', 'RECORD_NAME', 'NOTEBOOK_NAME', 'PREDICTIONS_NAME', 'PACKAGES', 'COLUMNS', 'Score', 'Record',
            'read_record', 'environment', 'run_folder', 'study_records', 'load_records']
 
-# %% ../nbs/10_records.ipynb #34a9b1ee
+# %% ../nbs/10_records.ipynb #ef497223
 import importlib.metadata
 import os
 import platform
@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from .backbones import BACKBONES
 from .core import XtransferError, package_folder, plain, read_json
 from .studies import Run, Study
 
@@ -104,7 +105,7 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", "packages": versions, "cpus": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1), "git_commit": _git_commit()}
 
-# %% ../nbs/10_records.ipynb #bab499d5
+# %% ../nbs/10_records.ipynb #753ea907
 def run_folder(outputs: str | Path, run: Run) -> Path:
     """Where a run's record is or will be."""
     return Path(outputs) / run.id
@@ -146,8 +147,10 @@ def load_records(
         partly = bool(cell.run.stage.languages) or any(d["capped"] for d in record.data if d["split"] == "train")
         for score in record.scores:
             if score.task == cell.target:
-                rows.append({"study": study.name, "profile": study.profile, "backbone": cell.run.backbone, "arm": cell.arm, "target": cell.target, "seed": cell.seed, "run": record.run,
+                rows.append({"study": study.name, "profile": study.profile, "backbone": BACKBONES[cell.run.backbone].name, "arm": cell.arm, "target": cell.target, "seed": cell.seed, "run": record.run,
                              **plain(score), "capped": partly or (score.task, score.language, score.split) in capped})
     if not rows:
-        raise XtransferError(f"no record of study {study.name}, profile {study.profile}, in {outputs}: {len(missing)} runs are missing; run `xtransfer run {study.name} --profile {study.profile}` first.")
+        named = f" on {', '.join(study.backbones)}" if study.instead_of else ""
+        asked = f" --backbone {study.cells[0].run.backbone}" if study.instead_of else ""
+        raise XtransferError(f"no record of study {study.name}, profile {study.profile}{named}, in {outputs}: {len(missing)} runs are missing; run `xtransfer run {study.name} --profile {study.profile}{asked}` first.")
     return pd.DataFrame(rows, columns=list(COLUMNS))

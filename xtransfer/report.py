@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Findings', 'arm_tasks', 'find', 'primary_average', 'answer', 'terminal_table', 'report_page', 'study_report']
 
-# %% ../nbs/14_report.ipynb #6746e3f4
+# %% ../nbs/14_report.ipynb #a1d53d18
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,20 +16,23 @@ from urllib.parse import quote
 import pandas as pd
 
 from .analysis import AVERAGES, by_language, correlation_with_distance, headline, negative_transfer_rate, paired_gains, runs_at_chance, score_table, transfer_gain
+from .backbones import BACKBONES
 from .core import XtransferError, write_text
-from .languages import LANGUAGES
+from .languages import LANGUAGES, distance_to_english
 from .page import figure_tag, interval_words, render
 from .plots import contrast_label, plot_distance, plot_gains, plot_seeds
 from .records import NOTEBOOK_NAME, Record, load_records, run_folder, study_records
-from .studies import Run, Study
+from .studies import Run, Study, not_applicable
 from .tasks import TASKS, UNTRAINED_FORMATS
 
-# %% ../nbs/14_report.ipynb #5459981a
+# %% ../nbs/14_report.ipynb #c7234a6a
 @dataclass(frozen=True, kw_only=True)
 class Findings:
     """Every table of a report."""
 
-    targets: tuple[str, ...]  # in the study's order, trained ones first
+    targets: tuple[str, ...]  # those with scores, in the study's order, trained ones first
+    inapplicable: frozenset[tuple[str, str]]  # (arm, target): what the backbone cannot do
+    lost: tuple[str, ...]  # targets that are not applicable in any arm
     retrieval: tuple[str, ...]  # those for which nothing was trained
     values: pd.DataFrame
     gains: pd.DataFrame
@@ -43,11 +46,17 @@ class Findings:
     at_chance: pd.DataFrame
     same_kind: frozenset[tuple[str, str]]  # (arm, target): the arm trains on a task of the target's own kind
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All targets in the order of the tables: trained ones, those that cannot be done, retrieval."""
+        trained = [target for target in self.targets if target not in self.retrieval]
+        return (*trained, *self.lost, *self.retrieval)
+
 def arm_tasks(study: Study) -> dict[str, tuple[str, ...]]:
     """What each arm trains on between the common start and all of its targets; what only some targets need before them is not the arm's."""
-    start = min(len(cell.run.stages) for cell in study.cells) - 1
+    start = min(len(cell.run.stages) for cell in study.declared) - 1
     paths: dict[str, list[list[tuple[str, ...]]]] = {}
-    for cell in study.cells:
+    for cell in study.declared:
         paths.setdefault(cell.arm, []).append([stage.train for stage in cell.run.stages[start:-1]])
     return {arm: tuple(dict.fromkeys(task for train in os.path.commonprefix(found) for task in train)) for arm, found in paths.items()}
 
@@ -68,21 +77,24 @@ def find(
     kinds = values.groupby("target")["retrieval"].all()
     targets = sorted(dict.fromkeys(cell.target for cell in study.cells if cell.target in kinds), key=lambda target: bool(kinds[target]))
     retrieval = tuple(target for target in targets if kinds[target])
-    gains = transfer_gain(values, study.contrasts, allow_partial=True)
-    if not gains["n_pairs"].any():
+    inapplicable = frozenset((i.cell.arm, i.cell.target) for i in study.inapplicable)
+    how = {"allow_partial": True, "inapplicable": inapplicable}
+    gains = transfer_gain(values, study.contrasts, **how)
+    if not gains["n_pairs"].any() and not (gains["verdict"] == "not applicable").all():
         raise XtransferError(f"study {study.name}: no contrast has scores on both sides yet; run more of it first.")
     keys = {target: tuple(f"{key}_centred" for key in TASKS[target].headline) for target in retrieval}
     there = scores[scores["target"].isin(retrieval)]
     has_centred = bool(keys) and all(set(keys[target]) <= set(there.loc[there["target"] == target, "metric"]) for target in retrieval)
     centred = headline(there, keys, split=None) if has_centred else None
-    languages = by_language(values, study.contrasts, study.distance, allow_partial=True)
+    languages = by_language(values, study.contrasts, study.distance, **how)
     return Findings(
-        targets=tuple(targets), retrieval=retrieval, values=values, gains=gains, pairs=paired_gains(values, study.contrasts, allow_partial=True), absolute=score_table(values), languages=languages,
-        centred=transfer_gain(centred, study.contrasts, allow_partial=True) if has_centred else None, centred_scores=score_table(centred) if has_centred else None,
+        targets=tuple(targets), retrieval=retrieval, values=values, gains=gains, pairs=paired_gains(values, study.contrasts, **how), absolute=score_table(values), languages=languages,
+        inapplicable=inapplicable, lost=tuple(dict.fromkeys(target for _, target in sorted(inapplicable) if target not in {cell.target for cell in study.cells})),
+        centred=transfer_gain(centred, study.contrasts, **how | {"inapplicable": {place for place in inapplicable if place[1] in retrieval}}) if has_centred else None, centred_scores=score_table(centred) if has_centred else None,
         rates=negative_transfer_rate(languages), correlations=correlation_with_distance(languages), at_chance=runs_at_chance(values), same_kind=_same_kind(study))
 
-# %% ../nbs/14_report.ipynb #fade3848
-_VERDICTS = {"helps": ("helps", "help"), "hurts": ("hurts", "hurt"), "not resolved": ("is not resolved", "are not resolved"), "too few seeds": ("has too few seeds for a verdict", "have too few seeds for a verdict"), "missing": ("has no complete pair", "have no complete pair")}
+# %% ../nbs/14_report.ipynb #138973cc
+_VERDICTS = {"helps": ("helps", "help"), "hurts": ("hurts", "hurt"), "not resolved": ("is not resolved", "are not resolved"), "too few seeds": ("has too few seeds for a verdict", "have too few seeds for a verdict"), "missing": ("has no complete pair", "have no complete pair"), "not applicable": ("is not applicable", "are not applicable")}
 
 def _listed(items: Sequence[str]) -> str:
     """a; a and b; a, b and c."""
@@ -96,14 +108,14 @@ def _by_verdict(rows: pd.DataFrame) -> list[dict[str, str]]:
     sentences = []
     for verdict, words in _VERDICTS.items():
         group = rows[rows["verdict"] == verdict].sort_values("gain", ascending=verdict == "hurts")
-        names = [contrast_label(row["treatment"], row["baseline"]) + ("" if verdict == "missing" else f" {interval_words(row)}") for _, row in group.iterrows()]
+        names = [contrast_label(row["treatment"], row["baseline"]) + ("" if verdict in ("missing", "not applicable") else f" {interval_words(row)}") for _, row in group.iterrows()]
         if names:
             sentences.append({"verdict": verdict, "text": f"{_listed(names)} {words[len(names) > 1]}."})
     if not (rows["verdict"] == "helps").any() and rows["verdict"].isin(["hurts", "not resolved"]).any():
         sentences.insert(0, {"verdict": "none", "text": "No arm helps on average at the 95 % level."})
     return sentences
 
-# %% ../nbs/14_report.ipynb #d9ca96d1
+# %% ../nbs/14_report.ipynb #fe939396
 def _cells_sentence(cells: pd.DataFrame, same_kind: frozenset[tuple[str, str]]) -> list[str]:
     """How many single combinations are resolved, against how many would be by chance, and the extremes."""
     decided = cells[cells["verdict"].isin(["helps", "hurts", "not resolved"])]
@@ -127,11 +139,11 @@ def _cells_sentence(cells: pd.DataFrame, same_kind: frozenset[tuple[str, str]]) 
 
 def _control_sentences(gains: pd.DataFrame, primary: str) -> list[dict[str, str]]:
     """Contrasts between two trained arms: does the treatment add anything to its control?"""
-    meaning = {"helps": "it adds something to what {b} gives", "hurts": "it is worse than {b}", "not resolved": "what it gives cannot be told from what {b} gives", "too few seeds": "there are too few seeds for a verdict", "missing": "there is no complete pair"}
+    meaning = {"helps": "it adds something to what {b} gives", "hurts": "it is worse than {b}", "not resolved": "what it gives cannot be told from what {b} gives", "too few seeds": "there are too few seeds for a verdict", "missing": "there is no complete pair", "not applicable": "the backbone cannot do one of them"}
     rows = gains[(gains["baseline"] != "none") & (gains["target"] == primary)]
     return [{"verdict": row["verdict"], "text": f"{row['treatment']} over {row['baseline']}: {interval_words(row)}; {meaning[row['verdict']].format(b=row['baseline'])}."} for _, row in rows.iterrows()]
 
-# %% ../nbs/14_report.ipynb #152130e4
+# %% ../nbs/14_report.ipynb #7c4e46ad
 def primary_average(findings: Findings) -> str:
     """The row that the answer is read from."""
     return "average_without_retrieval" if "average_without_retrieval" in set(findings.gains["target"]) else "average"
@@ -143,7 +155,8 @@ def answer(findings: Findings) -> list[dict[str, Any]]:
     averaged = against_none[against_none["target"] == primary]
     n_languages = int(averaged["n_languages"].max()) if len(averaged) else 0
     scope = f"{_number(len(trained))} trained target{'s' * (len(trained) != 1)}" if trained else f"{_number(len(findings.retrieval))} retrieval targets"
-    parts = [{"heading": f"On average over {scope} and {_number(n_languages)} zero-shot language{'s' * (n_languages != 1)}, against no intermediate training", "lines": _by_verdict(averaged)}] if len(averaged) else []
+    scope += f" ({_listed(findings.lost)} {'is' if len(findings.lost) == 1 else 'are'} not applicable)" if findings.lost else ""
+    parts = [{"heading": f"On average over {scope}{f' and {_number(n_languages)} zero-shot language' + 's' * (n_languages != 1) if n_languages else ''}, against no intermediate training", "lines": _by_verdict(averaged)}] if len(averaged) else []
     cells = _cells_sentence(against_none[~against_none["target"].isin(AVERAGES)], findings.same_kind)
     if cells:
         parts.append({"heading": "Target by target", "lines": [{"verdict": "", "text": text} for text in cells]})
@@ -154,7 +167,12 @@ def answer(findings: Findings) -> list[dict[str, Any]]:
         parts.append({"heading": "Against a control arm" + (", without retrieval" if primary != "average" else ""), "lines": controls})
     return parts
 
-# %% ../nbs/14_report.ipynb #d863c16e
+# %% ../nbs/14_report.ipynb #459590c8
+def _average_words(row: pd.Series) -> str:
+    """A gain with its verdict; a dagger for targets that it does without because they are not applicable."""
+    words = interval_words(row)
+    return words if row["verdict"] == words else f"{words}{' ‡' * bool(row['n_inapplicable'])}  {row['verdict']}"
+
 def terminal_table(findings: Findings) -> str:
     """The averages of every contrast as aligned text."""
     averages = [average for average in AVERAGES[::-1] if average in set(findings.gains["target"])]
@@ -162,10 +180,10 @@ def terminal_table(findings: Findings) -> str:
     lines = [["zero-shot gain, points", *(heads[average] for average in averages)]]
     for (treatment, baseline), group in findings.gains.groupby(["treatment", "baseline"], sort=False):
         by_target = group.set_index("target")
-        cells = [f"{interval_words(by_target.loc[average])}  {by_target.loc[average, 'verdict']}" if average in by_target.index else "" for average in averages]
+        cells = [_average_words(by_target.loc[average]) if average in by_target.index else "" for average in averages]
         lines.append([contrast_label(treatment, baseline), *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines) + ("\n‡ without targets that are not applicable" if any("‡" in cell for line in lines for cell in line) else "")
 
 # %% ../nbs/14_report.ipynb #5186c98b
 def _data_rows(records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -223,26 +241,32 @@ def _run_rows(study: Study, records: Mapping[str, Record], failures: Mapping[str
                      "status": record.status if record else "failed" if run.id in failures else "missing", "seconds": record.seconds.get("total") if record else None, "digest": run.digest})
     return rows
 
-# %% ../nbs/14_report.ipynb #06c855cc
+# %% ../nbs/14_report.ipynb #6b152768
 def _tables(findings: Findings) -> dict[str, Any]:
-    """The findings' tables as the templates read them."""
-    gains, targets, order = findings.gains, findings.targets, {name: i for i, name in enumerate((*findings.targets, *AVERAGES))}
+    """The findings' tables as the templates read them; a cell without numbers says its state."""
+    gains, targets = findings.gains, findings.columns
+    order = {name: i for i, name in enumerate((*targets, *AVERAGES))}
+    def state(arms: Iterable[str], target: str) -> dict[str, str]:  # of a cell without numbers
+        return {"state": "not applicable" if any((arm, target) in findings.inapplicable for arm in arms) else "missing"}
     groups, controls, columns = [], [], [*targets, *(a for a in AVERAGES if a in set(gains["target"]))]
     for (treatment, baseline), group in gains.groupby(["treatment", "baseline"], sort=False):
         rows = sorted(group.to_dict("records"), key=lambda row: order[row["target"]])
-        groups.append((contrast_label(treatment, baseline), [row | {"same": (treatment, row["target"]) in findings.same_kind} for row in rows]))
+        shown = rows if (group["verdict"] != "not applicable").any() else [rows[0] | {"target": "all targets"}]
+        groups.append((contrast_label(treatment, baseline), [row | {"same": (treatment, row["target"]) in findings.same_kind} for row in shown]))
         if baseline != "none":
             by_target = {row["target"]: row for row in rows}
             controls.append((contrast_label(treatment, baseline), [by_target[column] for column in columns]))
     cells = {(row["arm"], row["target"]): row for row in findings.absolute.to_dict("records")}
-    arms = [arm for arm in dict.fromkeys(["none", *gains["treatment"], *gains["baseline"]]) if arm in set(findings.absolute["arm"])]
+    known = {*findings.absolute["arm"], *(arm for arm, _ in findings.inapplicable)}
+    arms = [arm for arm in dict.fromkeys(["none", *gains["treatment"], *gains["baseline"]]) if arm in known]
     correlation = {(row["treatment"], row["baseline"], row["target"]): row for row in findings.correlations.to_dict("records")}
     contrasts = list(gains[["treatment", "baseline"]].drop_duplicates().itertuples(index=False, name=None))
     rates = {(row["treatment"], row["baseline"]): row for row in findings.rates.to_dict("records")}
+    unable = {(row["treatment"], row["baseline"]) for row in gains.to_dict("records") if row["target"] == "average" and row["verdict"] == "not applicable"}
     return {"gain_groups": groups, "averages": AVERAGES, "any_same": any(row["same"] for _, rows in groups for row in rows), "any_capped": bool(gains["capped"].any()), "partial": bool(gains["partial"].any()),
-            "controls": controls, "control_targets": columns, "targets": targets, "levels": [(arm, [cells.get((arm, target)) for target in targets]) for arm in arms],
-            "rates": [rates[c] | {"label": contrast_label(*c)} for c in contrasts if c in rates and rates[c]["n_cells"]],
-            "correlations": [(contrast_label(*c), [correlation.get((*c, target)) for target in targets]) for c in contrasts] if findings.correlations["rho"].notna().any() else []}
+            "controls": controls, "control_targets": columns, "targets": targets, "levels": [(arm, [cells.get((arm, target)) or state([arm], target) for target in targets]) for arm in arms],
+            "rates": [rates.get(c, {}) | {"label": contrast_label(*c)} for c in contrasts if c in unable or c in rates and rates[c]["n_cells"]],
+            "correlations": [(contrast_label(*c), [correlation.get((*c, target)) or state(c, target) for target in targets]) for c in contrasts] if findings.correlations["rho"].notna().any() else []}
 
 def _retrieval_rows(findings: Findings) -> list[dict[str, Any]]:
     """Raw and centred gains of the retrieval targets side by side."""
@@ -255,6 +279,19 @@ def _retrieval_rows(findings: Findings) -> list[dict[str, Any]]:
         if key[2] in findings.retrieval:
             rows.append({"label": contrast_label(*key[:2]), "target": key[2], "raw_score": levels[0].get((key[0], key[2])), "centred_score": levels[1].get((key[0], key[2])), "raw": raw.loc[key].to_dict(), "centred": centred.loc[key].to_dict()})
     return sorted(rows, key=lambda row: findings.retrieval.index(row["target"]))
+
+# %% ../nbs/14_report.ipynb #44392c17
+def _backbone_notices(study: Study) -> list[dict[str, str]]:
+    """What must be known about the study's backbones."""
+    notices, named = [], _listed(study.backbones)
+    if study.instead_of:
+        notices.append({"title": "Another backbone", "text": f"These runs have {named}; the study was declared with {_listed(study.instead_of)}, and what its note says about the encoder holds for that."})
+    if told := not_applicable(study):
+        notices.append({"title": "Not applicable", "text": f"With {named} some of this study cannot be done, and nothing was cut to make it fit: {'; '.join(f'{label} ({reason})' for label, reason in told)}. Averages go over the rest."})
+    for name in dict.fromkeys(cell.run.backbone for cell in study.declared):
+        if BACKBONES[name].contamination:
+            notices.append({"title": "Data that the backbone has seen", "text": f"{BACKBONES[name].name}: {BACKBONES[name].contamination}."})
+    return notices
 
 def _notices(findings: Findings, data: Sequence[Mapping[str, Any]], missing: int, planned: int, seeds: Sequence[int]) -> list[dict[str, str]]:
     """What must be known before the answer is read."""
@@ -277,7 +314,7 @@ def _notices(findings: Findings, data: Sequence[Mapping[str, Any]], missing: int
         notices.append({"title": "Development scores", "text": f"{_listed(on_dev)}: there are no test labels; scores are on the development split."})
     return notices
 
-# %% ../nbs/14_report.ipynb #1c87f3fc
+# %% ../nbs/14_report.ipynb #ada0cd49
 def _stage_rows(study: Study) -> list[dict[str, Any]]:
     """Every recipe in the study and the stages that use it."""
     used: dict[Any, set[str]] = {}
@@ -291,13 +328,14 @@ def _facts(study: Study, findings: Findings, records: Mapping[str, Record], seed
     """The study in a few lines."""
     seconds = sum(record.seconds.get("total", 0.0) for record in records.values())
     languages, arms = sorted(set(findings.values["language"]) - {"en"}), list(dict.fromkeys(cell.arm for cell in study.cells))
+    backbones = f"{_listed(study.backbones)} (declared: {_listed(study.instead_of)})" if study.instead_of else _listed(study.backbones)
     ended = sorted(record.ended for record in records.values())
     duration = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-    facts = [("arms", ", ".join(arms)), ("targets", ", ".join(findings.targets)), ("languages", f"{len(languages)} zero-shot ({' '.join(languages)})" + (" and English" if "en" in set(findings.values["language"]) else "")),
+    facts = [("backbone", backbones), ("arms", ", ".join(arms)), ("targets", ", ".join(findings.targets)), ("languages", f"{len(languages)} zero-shot ({' '.join(languages)})" + (" and English" if "en" in set(findings.values["language"]) else "")),
              ("seeds", f"{len(seeds)} ({', '.join(map(str, seeds))})"), ("runs", f"{len(records)} recorded of {len(study.plan())}, {duration} of computing in all")]
     return facts + ([("recorded", f"{ended[0][:10]} to {ended[-1][:10]}" if ended[0][:10] != ended[-1][:10] else ended[0][:10])] if ended else [])
 
-# %% ../nbs/14_report.ipynb #5e9e9908
+# %% ../nbs/14_report.ipynb #07e9d8c4
 def report_page(
     study: Study,
     findings: Findings,
@@ -308,19 +346,21 @@ def report_page(
 ) -> str:
     """One self-contained HTML page."""
     seeds = sorted(set(findings.values["seed"]))
-    figures = {"gains": plot_gains(findings.gains, findings.targets), "seeds": plot_seeds(findings.gains, findings.pairs, findings.targets)}
+    targets = findings.columns
+    figures = {"gains": plot_gains(findings.gains, targets), "seeds": plot_seeds(findings.gains, findings.pairs, findings.targets)}
     if (findings.languages["baseline"] == "none").any():  # four panels at most, so that a figure fits on a printed page
-        figures |= {f"distance {i}": plot_distance(findings.languages, study.distance, findings.targets[i:i + 4]) for i in range(0, len(findings.targets), 4)}
+        figures |= {f"distance {i}": plot_distance(findings.languages, study.distance, findings.targets[i:i + 4], known_arms=findings.gains["treatment"]) for i in range(0, len(findings.targets), 4)}
     data, runs = _data_rows(records.values()), _run_rows(study, records, failures, outputs, folder)
-    measures = {target: ", ".join(TASKS[target].headline).replace("_", " ") for target in findings.targets}
+    measures = {target: ", ".join(TASKS[target].headline).replace("_", " ") for target in targets}
     splits = findings.values.groupby("target")["split"].first()
-    target_rows = [{"name": t, "kind": TASKS[t].kind, "format": TASKS[t].format.replace("_", " "), "trains_on": TASKS[t].trains_on, "measure": measures[t], "split": splits[t], "source": TASKS[t].source.repo, "license": TASKS[t].source.license} for t in findings.targets]
-    distances = findings.languages.groupby("language")["distance"].first().sort_values()
+    target_rows = [{"name": t, "kind": TASKS[t].kind, "format": TASKS[t].format.replace("_", " "), "trains_on": TASKS[t].trains_on, "measure": measures[t], "split": splits.get(t, "not applicable"), "source": TASKS[t].source.repo, "license": TASKS[t].source.license} for t in targets]
+    distances = pd.Series({code: distance_to_english(code, study.distance) for code in sorted(set(findings.values["language"]))}, dtype=float).sort_values()
     language_rows = [{"code": code, "name": LANGUAGES[code].name, "family": LANGUAGES[code].family, "script": LANGUAGES[code].script, "distance": "–" if pd.isna(d) else f"{d:.2f}"} for code, d in distances.items()]
+    able = {cell.arm for cell in study.cells}
     states = pd.Series([row["status"] for row in runs]).value_counts()
     return render(
-        study=study, figure=lambda name, description: figure_tag(figures[name], description), distance_figures=[name for name in figures if name.startswith("distance")], backbones=sorted({cell.run.backbone for cell in study.cells}), answer=answer(findings), facts=_facts(study, findings, records, seeds),
-        notices=_notices(findings, data, len(runs) - int(states.get("complete", 0)), len(runs), seeds), measures=measures, retrieval=_retrieval_rows(findings), language_rows=language_rows, arms=list(arm_tasks(study).items()), target_rows=target_rows, recipes=_stage_rows(study),
+        study=study, figure=lambda name, description: figure_tag(figures[name], description), distance_figures=[name for name in figures if name.startswith("distance")], backbones=study.backbones, inapplicable=not_applicable(study), answer=answer(findings), facts=_facts(study, findings, records, seeds),
+        notices=_backbone_notices(study) + _notices(findings, data, len(runs) - int(states.get("complete", 0)), len(runs), seeds), measures=measures, retrieval=_retrieval_rows(findings), language_rows=language_rows, arms=[(arm, tasks, arm in able) for arm, tasks in arm_tasks(study).items()], target_rows=target_rows, recipes=_stage_rows(study),
         data=data, environments=_environments(records.values()), seeds=seeds, at_chance=findings.at_chance.to_dict("records"), failures=sorted(failures.items()), runs=runs, counts=", ".join(f"{n} {state}" for state, n in states.items()), **_tables(findings))
 
 def _failures(missing: Iterable[Run], outputs: Path) -> dict[str, str]:
@@ -328,7 +368,7 @@ def _failures(missing: Iterable[Run], outputs: Path) -> dict[str, str]:
     notes = {run.id: run_folder(outputs, run).with_name(f".work-{run_folder(outputs, run).name}") / "error.txt" for run in missing}
     return {name: path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1][:500] for name, path in notes.items() if path.exists() and path.stat().st_size}
 
-# %% ../nbs/14_report.ipynb #6c54e78d
+# %% ../nbs/14_report.ipynb #6db8738f
 def study_report(
     study: Study,
     outputs: str | Path,  # folder of records
@@ -342,6 +382,6 @@ def study_report(
     folder = Path(folder).resolve() if folder else outputs / "reports"
     records, missing = study_records(study, outputs)
     findings = find(study, load_records(study, outputs))
-    path = folder / f"{study.name}-{study.profile}.html"
+    path = folder / f"{'-'.join([study.name, study.profile, *(study.backbones if study.instead_of else ())])}.html"
     write_text(path, report_page(study, findings, records, _failures(missing, outputs), outputs, folder))
     return path, terminal_table(findings)

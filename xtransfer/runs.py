@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'template_path', 'check_parameters', 'run_parameters', 'Busy', 'work_folder', 'run_status', 'has_checkpoint',
-           'execute', 'check_same_data', 'Work', 'remaining', 'estimate_seconds', 'gpu_count', 'gpu_of_worker',
+           'execute', 'check_same_data', 'Work', 'remaining', 'estimate_seconds', 'gpu_count', 'gpus_of_worker',
            'worker_count', 'check_writable', 'Outcome', 'format_duration', 'run_study']
 
-# %% ../nbs/21_runs.ipynb #fd3f2d4c
+# %% ../nbs/21_runs.ipynb #49362d9d
 import datetime
 import os
 import shutil
@@ -24,13 +24,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .backbones import BACKBONES
-from .core import XtransferError, nearest, package_folder, plain, read_json, write_json
+from .core import XtransferError, nearest, package_folder, plain, read_json, write_json, write_text
+from .model_cards import CARD_NAME, model_card
 from .records import NOTEBOOK_NAME, RECORD_NAME, Record, Score, environment, read_record, run_folder, study_records
 from .sources import DATA_VARIABLE, data_folder, resolved_revision
 from .studies import TEMPLATES, Run, Study
 from .tasks import TASKS
 
-# %% ../nbs/21_runs.ipynb #b6d1a8d1
+# %% ../nbs/21_runs.ipynb #4c82f018
 def template_path(
     name: str,  # "pretrain", "intermediate", "target" or "retrieval"
 ) -> Path:
@@ -70,13 +71,15 @@ def run_parameters(
     threads: int = 1,
     keep_checkpoint: bool = True,
     declarations: Sequence[str] = (),  # Python files, absolute paths
+    processes: int = 1,  # that train together; a stage that trains nothing takes one
+    sharding: str = "",  # "full": weights divided among them
 ) -> dict[str, Any]:
     """The parameters with which a template executes a run."""
     stage = run.stage
     parent = os.path.relpath(Path(run.parent.id) / "checkpoint", run.id) if run.parent else ""
     return {"backbone": run.backbone, "parent": parent, "train": list(stage.train), "score": list(stage.score), "score_splits": list(stage.score_splits), "languages": list(stage.languages),
             "recipe": plain(stage.recipe), "mixing": plain(stage.mixing), "seed": stage.seed, "train_limit": stage.train_limit or 0, "score_limit": stage.score_limit or 0,
-            "threads": threads, "keep_checkpoint": keep_checkpoint, "declarations": list(declarations)}
+            "threads": threads, "processes": processes if stage.train else 1, "sharding": sharding if stage.train else "", "keep_checkpoint": keep_checkpoint, "declarations": list(declarations)}
 
 # %% ../nbs/21_runs.ipynb #bec90b79
 class Busy(XtransferError):
@@ -124,11 +127,11 @@ def has_checkpoint(run: Run, outputs: str | Path) -> bool:
     """Whether a finished run's weights are there for its children."""
     return (run_folder(outputs, run) / "checkpoint" / "config.json").exists()
 
-# %% ../nbs/21_runs.ipynb #7361b00e
+# %% ../nbs/21_runs.ipynb #5d222347
 def _record(run: Run, work: Path, parameters: Mapping[str, Any], started: str) -> Record:
     """Put together what was asked, what was measured and where."""
     measured = read_json(work / "results.json")
-    around = environment() | {"device": measured["device"], "threads": measured["threads"]}
+    around = environment() | {"device": measured["device"], "threads": measured["threads"], "processes": measured["processes"]}
     stages = [replace(run, stages=run.stages[:depth]).stage.identity for depth in range(1, len(run.stages) + 1)]
     return Record(run=run.id, digest=run.digest, parent=run.parent.id if run.parent else None, template=run.template, backbone=BACKBONES[run.backbone].identity, stages=stages,
                   parameters=parameters, data=measured["data"], environment=around, training=measured["training"], seconds=measured["seconds"],
@@ -138,13 +141,22 @@ def _record(run: Run, work: Path, parameters: Mapping[str, Any], started: str) -
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
-def _publish(work: Path, final: Path) -> None:
-    """Clear what only a running stage needs, and give the folder its final name."""
+def _write_card(run: Run, outputs: str | Path, work: Path) -> None:
+    """Let a checkpoint speak for itself: a model card from the records of the run and its ancestors."""
+    if (work / "checkpoint").is_dir():
+        ancestors = [run_folder(outputs, replace(run, stages=run.stages[:depth])) for depth in range(1, len(run.stages))]
+        parents = [read_record(folder) for folder in ancestors if (folder / RECORD_NAME).exists()]
+        write_text(work / "checkpoint" / CARD_NAME, model_card(read_record(work), parents))
+
+def _publish(run: Run, outputs: str | Path) -> None:
+    """Write the checkpoint's card, clear what only a running stage needs, and give the folder its final name."""
+    work, final = work_folder(outputs, run), run_folder(outputs, run)
+    _write_card(run, outputs, work)
     log = work / "training" / "log.jsonl"
     if log.exists():
         os.replace(log, work / "log.jsonl")
     shutil.rmtree(work / "training", ignore_errors=True)
-    for name in ("results.json", "error.txt", ".writer.lock", "kernel.log"):
+    for name in ("results.json", "parameters.json", "error.txt", ".writer.lock", "kernel.log"):
         (work / name).unlink(missing_ok=True)
     old = final.with_name(f".old-{final.name}")
     shutil.rmtree(old, ignore_errors=True)
@@ -193,14 +205,16 @@ def _run_notebook(run: Run, work: Path, parameters: Mapping[str, Any], extra: Ma
     except OSError as error:
         raise XtransferError(f"run {run.id} cannot write its notebook {notebook}: {error.strerror or error}.") from error
 
-# %% ../nbs/21_runs.ipynb #54bd6555
+# %% ../nbs/21_runs.ipynb #65c889b6
 def execute(
     run: Run,
     outputs: str | Path,  # folder of records
     threads: int = 1,  # CPU threads
     keep_checkpoint: bool = True,  # keep the weights for later stages
     declarations: Sequence[str] = (),  # Python files that declare more tasks, backbones and studies
-    environment: Mapping[str, str] | None = None,  # for the kernel: which GPU it sees
+    environment: Mapping[str, str] | None = None,  # for the kernel: which GPUs it sees
+    processes: int = 1,  # that train together
+    sharding: str = "",  # "full": weights divided among them
 ) -> Record:
     """Execute a run unless it is finished, and return its record.
 
@@ -209,12 +223,12 @@ def execute(
     final, work = run_folder(outputs, run), work_folder(outputs, run)
     with _held(run, outputs, patience=1.0):
         if (work / RECORD_NAME).exists():  # killed between finishing and publishing
-            _publish(work, final)
+            _publish(run, outputs)
         if (final / RECORD_NAME).exists() and (has_checkpoint(run, outputs) or not keep_checkpoint):
             return read_record(final)
         if run.parent and not has_checkpoint(run.parent, outputs):
             raise XtransferError(f"run {run.id} starts from {run.parent.id}, whose checkpoint is not there; execute that run first.")
-        parameters = run_parameters(run, threads, keep_checkpoint, [str(Path(p).resolve()) for p in declarations])
+        parameters = run_parameters(run, threads, keep_checkpoint, [str(Path(p).resolve()) for p in declarations], processes, sharding)
         check_parameters(run.template, parameters)
         started = _now()
         try:
@@ -226,7 +240,7 @@ def execute(
             _run_notebook(run, work, parameters, environment or {})
             _strip_paths(work / NOTEBOOK_NAME)
             write_json(work / RECORD_NAME, _record(run, work, parameters, started))
-            _publish(work, final)
+            _publish(run, outputs)
         except XtransferError as error:
             if not _stopping.is_set():  # an interrupted run has not failed
                 _note_failure(work, str(error))
@@ -306,7 +320,7 @@ def estimate_seconds(
         return None, "no run has finished yet and the study names no reference"
     return sum(c + 1.0 for c in costs) / max(1, workers), basis
 
-# %% ../nbs/21_runs.ipynb #af17caf8
+# %% ../nbs/21_runs.ipynb #ad2c323e
 def gpu_count() -> int:
     """GPUs that this machine shows, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -314,16 +328,16 @@ def gpu_count() -> int:
         return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
     return len([d for d in Path("/dev").glob("nvidia[0-9]*")]) if Path("/dev").exists() else 0
 
-def gpu_of_worker(worker: int) -> dict[str, str]:
-    """The environment that shows a worker its own GPU; nothing on a machine without."""
+def gpus_of_worker(worker: int, processes: int = 1) -> dict[str, str]:
+    """The environment that shows a worker its own GPUs, one for each process; nothing on a machine without."""
     if not gpu_count():
         return {}
     visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()] or [str(i) for i in range(gpu_count())]
-    return {"CUDA_VISIBLE_DEVICES": visible[worker % len(visible)]}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[(worker * processes + k) % len(visible)] for k in range(processes))}
 
-def worker_count() -> int:
-    """Runs at a time on this machine: one per GPU, or one per core up to 8."""
-    return gpu_count() or min(os.cpu_count() or 1, 8)
+def worker_count(processes: int = 1) -> int:
+    """Runs at a time on this machine: one per GPU, or one per core up to 8; fewer when a run takes several processes."""
+    return max(1, (gpu_count() or min(os.cpu_count() or 1, 8)) // processes)
 
 def check_writable(outputs: str | Path) -> None:
     """Make the output folder and try to write into it.
@@ -353,22 +367,27 @@ def format_duration(seconds: float) -> str:
     """Seconds as people say them."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
-# %% ../nbs/21_runs.ipynb #3b784f30
+# %% ../nbs/21_runs.ipynb #b8778cb7
 def run_study(
     study: Study,
     outputs: str | Path,
-    workers: int | None = None,  # None: one per GPU, or one per core up to 8
-    threads: int | None = None,  # per worker; None: the cores divided among the workers
+    workers: int | None = None,  # runs at a time; None: one per GPU, or one per core up to 8, fewer with several processes
+    threads: int | None = None,  # of each process; None: the cores divided among them
     declarations: Sequence[str] = (),
     keep_checkpoints: bool = False,
     report: Callable[[str], None] = print,  # gets one line per finished run
+    processes: int = 1,  # that train a run together
+    sharding: str = "",  # "full": weights divided among them
 ) -> Outcome:
     """Execute every run of a study that is not finished.
 
-    Raises: KeyboardInterrupt after the notebooks were stopped; XtransferError when finished runs read other data.
+    Raises: KeyboardInterrupt after the notebooks were stopped; XtransferError when finished runs read other data, or this machine cannot run so many processes.
     """
-    workers = workers or worker_count()
-    threads = threads or max(1, (os.cpu_count() or 1) // workers)
+    if (processes, sharding) != (1, ""):
+        from xtransfer.ranks import check_ranks  # imports torch
+        check_ranks(processes, sharding, gpu_count())
+    workers = workers or worker_count(processes)
+    threads = threads or max(1, (os.cpu_count() or 1) // (workers * processes))
     waiting, outcome, spent = remaining(study, outputs, keep_checkpoints), Outcome(), {}
     if waiting:
         check_same_data(study, outputs)
@@ -384,7 +403,7 @@ def run_study(
             for item in [w for w in waiting if not w.run.parent or w.run.parent.digest not in unfinished][:len(free)]:
                 waiting.remove(item)
                 worker = free.pop(0)
-                running[pool.submit(execute, item.run, outputs, threads, item.keep_checkpoint, declarations, gpu_of_worker(worker))] = (item, worker, time.monotonic())
+                running[pool.submit(execute, item.run, outputs, threads, item.keep_checkpoint, declarations, gpus_of_worker(worker, processes), processes, sharding)] = (item, worker, time.monotonic())
             finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in finished:
                 item, worker, since = running.pop(future)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ALGORITHM_VERSION', 'Template', 'TEMPLATES', 'PROFILES', 'STUDIES', 'Recipe', 'Mixing', 'Stage', 'Run', 'Cell',
-           'Contrast', 'Study', 'StudyDeclaration', 'intermediate_cells', 'load_declarations']
+           'Contrast', 'Inapplicable', 'Study', 'not_applicable', 'StudyDeclaration', 'intermediate_cells',
+           'load_declarations']
 
-# %% ../nbs/09_studies.ipynb #f77eeb8c
+# %% ../nbs/09_studies.ipynb #bb3bd627
 import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -14,11 +15,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from .backbones import BACKBONES
+from .backbones import BACKBONES, unsuitable
 from .core import Registry, XtransferError, digest, nearest
-from .tasks import TASKS, UNTRAINED_FORMATS
+from .tasks import PRETRAINING_FORMATS, TASKS, UNTRAINED_FORMATS
 
-# %% ../nbs/09_studies.ipynb #9bde17dd
+# %% ../nbs/09_studies.ipynb #8829033e
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Hyperparameters of one stage."""
@@ -41,6 +42,20 @@ class Recipe:
     dev_limit: int = 500  # examples of English dev used for selection
     selection: Literal["best", "last"] = "best"  # which weights are handed over: best on English dev, or the last
     source: str = ""  # where the numbers are from
+    layer_mix: bool = False  # heads read a learned mix of all layers instead of the last one (arXiv 2205.08497)
+    perturbation: Literal["none", "noise", "adversarial"] = "none"  # of the word embeddings while training (arXiv 2104.08645)
+    perturbation_size: float = 0.0  # Euclidean length of a token's perturbation, as a share of the mean length of a token's embedding
+    lora_rank: int = 0  # rank of the low-rank adapters that are trained instead of the encoder's own weights (arXiv 2106.09685); 0: none, all weights are trained
+    lora_alpha: float = 16.0  # adapters are scaled by alpha / rank
+    lora_layers: tuple[int, ...] = ()  # the only layers that get adapters, from 0; (): all
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; weights are always float32
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them; changes memory and time, not results
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The numbers that determine a result; fields that came later count when they are set."""
+        later = ("layer_mix", "perturbation", "perturbation_size", "lora_rank", "lora_alpha", "lora_layers", "precision")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "source", "gradient_checkpointing") and not (f.name in later and getattr(self, f.name) == f.default)}
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
@@ -63,7 +78,7 @@ class Mixing:
         drawn = [weights[self.kind](n) for n in sizes]
         return [w / sum(drawn) for w in drawn]
 
-# %% ../nbs/09_studies.ipynb #a4f6ab6b
+# %% ../nbs/09_studies.ipynb #7c812cb0
 ALGORITHM_VERSION = 1
 Template = Literal["pretrain", "intermediate", "target", "retrieval"]
 TEMPLATES: tuple[str, ...] = ("pretrain", "intermediate", "target", "retrieval")
@@ -88,13 +103,12 @@ class Stage:
             return "retrieval"
         if self.score:
             return "target"
-        return "pretrain" if all(TASKS[t].format == "masked_lm" for t in self.train) else "intermediate"
+        return "pretrain" if all(TASKS[t].format in PRETRAINING_FORMATS for t in self.train) else "intermediate"
 
     @property
     def identity(self) -> dict[str, Any]:
         """The resolved values of this stage, for the digest."""
-        recipe = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe) if f.name not in ("name", "source")}
-        return {"train": [TASKS[t].identity for t in self.train], "score": [TASKS[t].identity for t in self.score], "recipe": recipe,
+        return {"train": [TASKS[t].identity for t in self.train], "score": [TASKS[t].identity for t in self.score], "recipe": self.recipe.identity,
                 "mixing": self.mixing, "seed": self.seed, "score_splits": self.score_splits, "languages": self.languages, "train_limit": self.train_limit, "score_limit": self.score_limit}
 
     @property
@@ -106,7 +120,7 @@ class Stage:
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A backbone and the stages it goes through; its last stage is what executing it does."""
-    backbone: str  # name in BACKBONES
+    backbone: str  # name in BACKBONES, hub id, or folder of a checkpoint
     stages: tuple[Stage, ...]
 
     @property
@@ -130,14 +144,15 @@ class Run:
         """The run's folder below `outputs`: backbone / stages.seed-digest."""
         path = ".".join(stage.slug for stage in self.stages)
         path = path if len(path) <= 120 else path[:117] + "..."
-        return f"{self.backbone}/{path}.s{self.stage.seed}-{self.digest}"
+        return f"{BACKBONES[self.backbone].name}/{path}.s{self.stage.seed}-{self.digest}"
 
     @property
     def template(self) -> str:
         """The kind of notebook that executes this run; the first stage of random weights counts as pretraining."""
-        return self.stage.template if len(self.stages) == 1 or self.stage.template != "pretrain" else "intermediate"
+        begins = len(self.stages) == 1 and BACKBONES[self.backbone].checkpoint is None
+        return self.stage.template if begins or self.stage.template != "pretrain" else "intermediate"
 
-# %% ../nbs/09_studies.ipynb #2862eb25
+# %% ../nbs/09_studies.ipynb #81f3e2b8
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run's place in a study."""
@@ -153,6 +168,28 @@ class Contrast:
     baseline: str
 
 @dataclass(frozen=True, kw_only=True)
+class Inapplicable:
+    """A place of a study that its backbone cannot fill."""
+    cell: Cell
+    reason: str
+
+def _resolvable(name: str) -> str:
+    """A backbone's name in a form that means the same in every folder."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name not in tuple(BACKBONES) and path.is_dir() else name
+
+def _pretrains(cell: Cell) -> bool:
+    """Whether a cell begins with the pretraining of random weights."""
+    return len(cell.run.stages) > 1 and replace(cell.run, stages=cell.run.stages[:1]).template == "pretrain"
+
+def _obstacle(cell: Cell) -> str | None:
+    """Why a cell's backbone cannot do its target, or something that comes before it."""
+    run = cell.run
+    asked = [(cell.target, run.stage), *((task, stage) for stage in reversed(run.stages) for task in (*stage.score, *stage.train))]
+    return next((reason for task, stage in asked if (reason := unsuitable(BACKBONES[run.backbone], TASKS[task], stage.recipe.max_length))), None)
+
+# %% ../nbs/09_studies.ipynb #59460f85
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """A question, the runs that answer it, and the comparisons that will be made."""
     name: str
@@ -163,6 +200,30 @@ class Study:
     distance: str = "syntactic"  # which of Language.distances the figures use
     note: str = ""  # what a reader must know about the data and the backbone
     reference_seconds: Mapping[str, float] = field(default_factory=dict)  # template -> seconds of one run on one core of the machine that the note names
+    inapplicable: tuple[Inapplicable, ...] = ()  # cells that the backbone cannot do; they are moved here from `cells`
+    instead_of: tuple[str, ...] = ()  # the declared backbones, where another has taken their place
+
+    def __post_init__(self) -> None:
+        """Set aside what the backbone cannot do.
+
+        Raises: XtransferError when nothing is left.
+        """
+        found = [(cell, _obstacle(cell)) for cell in self.cells]
+        lost = tuple(Inapplicable(cell=cell, reason=reason) for cell, reason in found if reason)
+        if lost and len(lost) == len(found):
+            raise XtransferError(f"nothing of study {self.name}, profile {self.profile}, can be done with backbone {BACKBONES[lost[0].cell.run.backbone].name}: {'; '.join(dict.fromkeys(i.reason for i in lost))}.")
+        object.__setattr__(self, "cells", tuple(cell for cell, reason in found if not reason))
+        object.__setattr__(self, "inapplicable", (*self.inapplicable, *lost))
+
+    @property
+    def declared(self) -> tuple[Cell, ...]:
+        """All cells, also those that cannot be done."""
+        return (*self.cells, *(i.cell for i in self.inapplicable))
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """The names of the study's backbones."""
+        return tuple(dict.fromkeys(BACKBONES[cell.run.backbone].name for cell in self.declared))
 
     def plan(self) -> list[Run]:
         """Every run with its ancestors, once, parents first."""
@@ -188,11 +249,59 @@ class Study:
             return replace(run, stages=tuple(replace(s, train_limit=train or s.train_limit, score_limit=score or s.score_limit, languages=languages or s.languages) for s in run.stages))
         if min(limit for limit in (train, score, 1) if limit is not None) < 1:
             raise XtransferError("limits are numbers of examples, 1 or more.")
-        known = dict.fromkeys(code for cell in self.cells for task in cell.run.stage.score for code in TASKS[task].languages)
-        for code in languages:
-            if code not in known:
-                raise XtransferError(f"no target of study {self.name} has the language {code!r}{nearest(code, known)}; they have: {', '.join(known)}.")
-        return replace(self, cells=tuple(replace(cell, run=limited(cell.run)) for cell in self.cells))
+        _check_languages(self, languages)
+        return self.with_runs(limited)
+
+    def with_runs(self, change: Callable[[Run], Run]) -> "Study":
+        """The same study with every run changed; what can be done is found anew."""
+        return replace(self, cells=tuple(replace(cell, run=change(cell.run)) for cell in self.declared), inapplicable=())
+
+    def with_backbone(
+        self,
+        name: str,  # in BACKBONES, a hub id, or the folder of a checkpoint
+    ) -> "Study":
+        """The same study on another backbone: other digests, other paths, and the report says so.
+
+        Raises: XtransferError when there is no such backbone, or it can do nothing of the study.
+        """
+        chosen = _resolvable(name)
+        if all(cell.run.backbone == chosen for cell in self.declared):
+            return self
+        dropped = int(BACKBONES[chosen].checkpoint is not None and all(map(_pretrains, self.declared)))
+        instead_of = self.instead_of or self.backbones
+        return replace(self.with_runs(lambda run: Run(backbone=chosen, stages=run.stages[dropped:])), instead_of=instead_of, reference_seconds={})
+
+# %% ../nbs/09_studies.ipynb #85b8b8fc
+def _check_languages(study: Study, languages: Sequence[str]) -> None:
+    """Refuse a language that no target of a study has."""
+    known = dict.fromkeys(code for cell in study.declared for task in cell.run.stage.score for code in TASKS[task].languages)
+    for code in languages:
+        if code not in known:
+            raise XtransferError(f"no target of study {study.name} has the language {code!r}{nearest(code, known)}; they have: {', '.join(known)}.")
+
+def not_applicable(
+    study: Study,
+) -> list[tuple[str, str]]:  # "targets xquad, mlqa", "arm qa" or "combination qa → xquad", and the reason
+    """What the study's backbone cannot do, and why."""
+    reasons = {(i.cell.arm, i.cell.target): i.reason for i in study.inapplicable}
+    arms, targets = (dict.fromkeys(getattr(cell, side) for cell in study.declared) for side in ("arm", "target"))
+    told: dict[tuple[str, str], list[str]] = {}  # kind and reason -> names
+    left = []  # targets of which something can be done
+    for target in targets:
+        found = {reasons.get((arm, target)) for arm in arms}
+        if len(found) == 1 and (reason := found.pop()):
+            told.setdefault(("target", reason), []).append(target)
+        else:
+            left.append(target)
+    for arm in arms:
+        found = {reasons.get((arm, target)) for target in left}
+        if len(found) == 1 and (reason := found.pop()):
+            told.setdefault(("arm", reason), []).append(arm)
+        else:
+            for target in left:
+                if (arm, target) in reasons:
+                    told.setdefault(("combination", reasons[arm, target]), []).append(f"{arm} → {target}")
+    return [(f"{kind}{'s' * (len(names) > 1)} {', '.join(names)}", reason) for (kind, reason), names in told.items()]
 
 # %% ../nbs/09_studies.ipynb #6bae023e
 PROFILES = ("smoke", "mini", "small", "paper")
@@ -215,12 +324,12 @@ class StudyDeclaration:
 
 STUDIES: Registry[StudyDeclaration] = Registry("study")
 
-# %% ../nbs/09_studies.ipynb #178ca33d
+# %% ../nbs/09_studies.ipynb #09a6e251
 def intermediate_cells(
-    backbone: str,
+    backbone: str,  # name in BACKBONES, hub id, or folder of a checkpoint
     arms: Mapping[str, tuple[Stage, ...]],  # arm -> the stages between the start and the target, for seed 0; () is the baseline
     targets: Mapping[str, Recipe],  # trained target task -> recipe; it trains on TASKS[target].trains_on
-    untrained: tuple[str, ...],  # retrieval tasks, scored together in one run
+    untrained: tuple[str, ...],  # retrieval and prompted tasks, scored without training; those of one kind together in one run
     seeds: Sequence[int],
     pretraining: Stage | None = None,  # the first stage when the backbone starts from random weights
     retrieval_recipe: Recipe | None = None,  # its max_length is used; required with `untrained`
@@ -236,7 +345,7 @@ def intermediate_cells(
         if TASKS[target].trains_on is None:
             raise XtransferError(f"target {target} declares no training task; list it as untrained.")
     for target in untrained:
-        if TASKS[target].format not in UNTRAINED_FORMATS:
+        if TASKS[target].format not in (*UNTRAINED_FORMATS, "prompted"):  # a decoder may be asked without having been trained
             raise XtransferError(f"task {target} has the format {TASKS[target].format}, which needs training; list it as a target.")
     shared: dict[str, list[str]] = {}  # what is trained before scoring -> the targets that are scored together
     for target in (*targets, *untrained):
@@ -249,11 +358,11 @@ def intermediate_cells(
     for (arm, stages), seed, together in product(arms.items(), seeds, shared.values()):
         prepared = [trained.get(digest([stage.train, stage.recipe]), stage) for stage in preparations.get(together[0], ())]  # a target that trains the same is the preparation
         path = (*((pretraining,) if pretraining else ()), *stages, *prepared, lasts[together[0]])
-        run = Run(backbone=backbone, stages=tuple(replace(stage, seed=seed) for stage in path))
+        run = Run(backbone=_resolvable(backbone), stages=tuple(replace(stage, seed=seed) for stage in path))
         cells.extend(Cell(arm=arm, target=target, seed=seed, run=run) for target in together)
     return tuple(cells)
 
-# %% ../nbs/09_studies.ipynb #0de03777
+# %% ../nbs/09_studies.ipynb #8b4bc350
 def load_declarations(
     paths: Sequence[str],  # Python files that register tasks, backbones, studies
 ) -> None:
@@ -265,7 +374,7 @@ def load_declarations(
         if not Path(path).is_file():
             raise XtransferError(f"the declarations {path} do not exist or are no file.")
         try:
-            runpy.run_path(str(path), run_name="xtransfer_declarations")
+            runpy.run_path(str(Path(path).resolve()), run_name="xtransfer_declarations")  # in full, so that Path(__file__).parent is a folder with a name
         except XtransferError:
             raise
         except Exception as error:

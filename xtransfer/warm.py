@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PRELOAD', 'KERNEL_LOG', 'ENGINE', 'kill_kernels', 'WarmProvisioner', 'FolderEngine', 'use_warm_kernels']
 
-# %% ../nbs/20_warm.ipynb #7f33c5a2
-import ctypes
+# %% ../nbs/20_warm.ipynb #4b4b4da9
 import multiprocessing
 import os
 import signal
@@ -21,14 +20,11 @@ from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
-# %% ../nbs/20_warm.ipynb #89540073
-PRELOAD = ("xtransfer.steps", "xtransfer.warm", "ipykernel.kernelapp", "IPython.core.interactiveshell", "matplotlib.backends.backend_agg", "pyarrow.parquet")
-KERNEL_LOG = "kernel.log"
+from .core import end_with_parent
 
-def _end_with_parent() -> None:
-    """Ask the kernel of the operating system to kill this process when its parent dies; Linux only, elsewhere ipykernel polls."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+# %% ../nbs/20_warm.ipynb #dd2141c3
+PRELOAD = ("xtransfer.distributed", "xtransfer.warm", "ipykernel.kernelapp", "IPython.core.interactiveshell", "matplotlib.backends.backend_agg", "pyarrow.parquet")
+KERNEL_LOG = "kernel.log"
 
 def _let_go_of_the_server() -> None:
     """Close this process's end of the pipe that keeps the fork server alive, so that the server, and the kernels with it, end when the driver does."""
@@ -44,7 +40,7 @@ def _become_kernel(connection_file: str, folder: str, environment: Mapping[str, 
     parent = os.getppid()
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _end_with_parent()
+    end_with_parent(parent)
     _let_go_of_the_server()
     os.chdir(folder)
     os.environ.clear()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORLD_SEED', 'TYPOLOGIES', 'WORLD_LANGUAGES', 'DISTANCE_WEIGHTS', 'NOUNS', 'CLASS_OF', 'OPPOSITES', 'ANTONYM',
            'COLOURS', 'VERBS', 'SYNONYM', 'CONVERSE', 'FUNCTION_WORDS', 'STEMS', 'SCRIPTS', 'SUFFIXES', 'NAME_FIRST',
-           'NAME_SECOND', 'SLOTS', 'Slot', 'WH', 'Typology', 'typological_distance', 'Lexicon', 'transliterate',
-           'lexicons', 'Entity', 'Clause', 'Word', 'say', 'text_of', 'world_tokenizer']
+           'NAME_SECOND', 'SLOTS', 'Slot', 'WH', 'TokenizerStyle', 'SENTINELS', 'Typology', 'typological_distance',
+           'Lexicon', 'transliterate', 'lexicons', 'Entity', 'Clause', 'Word', 'say', 'text_of', 'world_tokenizer']
 
 # %% ../nbs/04_world.ipynb #2e855696
 import random
@@ -313,28 +313,44 @@ def text_of(words: Iterable[Word]) -> str:
     """Words as running text: blanks between words, none before punctuation."""
     return "".join(word.text if word.tag == "PUNCT" else " " + word.text for word in words).strip()
 
-# %% ../nbs/04_world.ipynb #3df7dc38
-def _vocabulary() -> list[str]:
-    """Every token in the order of its number; pieces inside a word begin with ##."""
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", ".", "?", ",", *"0123456789", *(f"##{d}" for d in range(10))]
+# %% ../nbs/04_world.ipynb #3937c6a9
+TokenizerStyle = Literal["xlmr", "mt5", "bloom", "clip"]
+SENTINELS = 32  # tokens that stand for a missing span, <extra_id_0> the last of the vocabulary, as in mT5
+_STYLES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], str, str]] = {  # tokens before and after the pieces, templates of one text and of two
+    "xlmr": (("<s>", "<pad>", "</s>", "<unk>"), ("<mask>",), "<s> $A </s>", "<s> $A </s> </s> $B </s>"),
+    "mt5": (("<pad>", "</s>", "<unk>"), tuple(f"<extra_id_{i}>" for i in reversed(range(SENTINELS))), "$A </s>", "$A </s> $B </s>"),
+    "bloom": (("<unk>", "<s>", "</s>", "<pad>"), (), "$A </s>", "$A </s> $B </s>"),
+    "clip": (("<s>", "</s>", "<unk>", "<pad>"), (), "<s> $A </s>", "<s> $A </s> $B </s>"),
+}
+_NAMED = {"<s>": ("bos_token", "cls_token"), "</s>": ("eos_token", "sep_token"), "<pad>": ("pad_token",), "<unk>": ("unk_token",), "<mask>": ("mask_token",)}
+
+@lru_cache(maxsize=None)
+def _pieces() -> tuple[str, ...]:
+    """Every token that is no special one, in the order of their numbers; pieces inside a word begin with ##."""
+    pieces = [".", "?", ",", *"0123456789", *(f"##{d}" for d in range(10))]
     for script in SCRIPTS:
         pieces += [transliterate(piece, script, capital=True) for piece in NAME_FIRST]
         pieces += ["##" + transliterate(piece, script) for piece in NAME_SECOND]
     for words in lexicons().values():
         pieces += words.stems.values()
         pieces += ["##" + suffix for suffix in words.suffixes.values() if suffix]
-    return [*dict.fromkeys(pieces), "<mask>"]
+    return tuple(dict.fromkeys(pieces))
 
-def world_tokenizer() -> "PreTrainedTokenizerFast":
+# %% ../nbs/04_world.ipynb #43489e2b
+def world_tokenizer(
+    style: TokenizerStyle = "xlmr",  # the family whose special tokens it has
+) -> "PreTrainedTokenizerFast":
     """A fast tokenizer that covers every word of the world in every language."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(_vocabulary())}, unk_token="<unk>"))
+    before, after, single, pair = _STYLES[style]
+    vocabulary = [*before, *_pieces(), *after]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>",
-        unk_token="<unk>", mask_token="<mask>", model_max_length=128, model_input_names=["input_ids", "attention_mask"])
+    around = [(token, vocabulary.index(token)) for token in ("<s>", "</s>") if token in single]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=around)
+    known = {use: token for token in (*before, *after) for use in _NAMED.get(token, ())}
+    sentinels = {"extra_special_tokens": [f"<extra_id_{i}>" for i in range(SENTINELS)]} if style == "mt5" else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known, **sentinels, model_max_length=128, model_input_names=["input_ids", "attention_mask"])

@@ -6,9 +6,9 @@
 __all__ = ['SIZES', 'DIFFICULTIES', 'CORPUS_MIX', 'CODE_SWITCHED_ROWS', 'CODE_SWITCHED_WORDS', 'CONTEXT_SENTENCES',
            'UNANSWERABLE', 'PROPERTY_SHARE', 'NLI_LABELS', 'Pair', 'ASKS', 'Quiz', 'Choice', 'SUPERTAGS', 'POS_TAGS',
            'NER_TAGS', 'WORLD_TASKS', 'inferences', 'paraphrases', 'quizzes', 'choices', 'sentences', 'pools', 'corpus',
-           'world_rows', 'world_source']
+           'captions', 'world_rows', 'world_source']
 
-# %% ../nbs/07_world_tasks.ipynb #9a785593
+# %% ../nbs/07_world_tasks.ipynb #2f23a77f
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +22,11 @@ from .world import (
     ANTONYM, COLOURS, NOUNS, TYPOLOGIES, WORLD_LANGUAGES, WORLD_SEED, Clause, Entity, Word, text_of)
 from .world_meanings import (
     CLASS_OF, DIFFICULTY, HABITS, THINGS, Difficulty, Editor, Utterance, canonical, covers, deep_slot, relation)
+from .world_images import CAPTIONS, describe, render
 
-# %% ../nbs/07_world_tasks.ipynb #0b77da5d
+# %% ../nbs/07_world_tasks.ipynb #b82cb65c
 SIZES: Mapping[str, Mapping[str, int]] = {  # examples; for targets, dev and test are per language
-    "world_text": {"train": 32000, "dev": 1600},  # of all languages together
+    "world_text": {"train": 32000, "dev": 1600}, "world_captions": {"train": 32000, "dev": 1600},  # of all languages together
     "world_mnli": {"train": 8000, "dev": 400}, "world_squad2": {"train": 8000, "dev": 400},
     "world_csqa": {"train": 6000, "dev": 400}, "world_ccg": {"train": 6000, "dev": 400},
     "world_xnli": {"train": 300, "dev": 150, "test": 150}, "world_pawsx": {"train": 600, "dev": 150, "test": 150},
@@ -35,7 +36,7 @@ SIZES: Mapping[str, Mapping[str, int]] = {  # examples; for targets, dev and tes
 }
 DIFFICULTIES: Mapping[str, Difficulty] = {  # tasks whose sentences differ from the default
     "world_panx": Difficulty(named=0.6), "world_xquad": Difficulty(hypernym=0.0), "world_squad2": Difficulty(hypernym=0.0),
-    "world_pawsx": Difficulty(negated=0.15, role_swap=0.7),
+    "world_pawsx": Difficulty(negated=0.15, role_swap=0.7), "world_captions": Difficulty(negated=0.15),
 }
 CORPUS_MIX: Mapping[str, float] = {  # kinds of rows of world_text, shares
     "translation": 0.55, "story": 0.13, "restatement": 0.11, "question": 0.11, "knowledge": 0.10,
@@ -47,7 +48,7 @@ PROPERTY_SHARE = 0.25  # of the inferences: about an adjective instead of an eve
 
 def _editor(task: str, split: str) -> Editor:
     """The editor of one split of one task, in the zone that it may draw from."""
-    group = "corpus" if task == "world_text" else "intermediate" if task in ("world_mnli", "world_squad2", "world_csqa", "world_ccg") else "target"
+    group = "corpus" if task in ("world_text", "world_captions") else "intermediate" if task in ("world_mnli", "world_squad2", "world_csqa", "world_ccg") else "target"
     return Editor(derive_seed(WORLD_SEED, task, split), f"{group}/{split}", DIFFICULTIES.get(task, DIFFICULTY))
 
 # %% ../nbs/07_world_tasks.ipynb #95b5b1bc
@@ -363,7 +364,21 @@ def corpus(language: str, split: str) -> list[Row]:
         rows.append({"id": f"{language}-{split}-{i}", "text": text, "text_pair": pair})
     return rows
 
-# %% ../nbs/07_world_tasks.ipynb #442c8a1a
+# %% ../nbs/07_world_tasks.ipynb #157a1962
+@lru_cache(maxsize=None)
+def captions(split: str) -> Mapping[str, list[Row]]:
+    """The rows of world_captions by language."""
+    rows: dict[str, list[Row]] = {code: [] for code in WORLD_LANGUAGES}
+    told = describe(_editor("world_captions", split), SIZES["world_captions"][split] // CAPTIONS, {code: t.share for code, t in TYPOLOGIES.items()})
+    for i, (picture, language, utterance) in enumerate(told):
+        rows[language].append({"id": f"{split}-{picture}-{i % CAPTIONS}", "text": utterance.text(language), "scene": canonical(utterance.clause)})
+    return rows
+
+def _pictured(row: Row) -> dict[str, Any]:
+    """A caption with its picture."""
+    return {"id": row["id"], "text": row["text"], "image": render(row["scene"])}
+
+# %% ../nbs/07_world_tasks.ipynb #c5f42625
 def _row(task: str, language: str, item: Any) -> dict[str, Any]:
     """One drawn example, said in a language."""
     match task:
@@ -398,11 +413,13 @@ def world_rows(task: str, language: str, split: str) -> Sequence[Row]:
         return []
     if task == "world_text":
         return corpus(language, split)
+    if task == "world_captions":
+        return captions(split)[language]
     if task == "world_bucc":
         return _mining(language, split)
     return [{"id": f"{split}-{i}"} | _row(task, language, item) for i, item in enumerate(_DRAW[task](task, split))]
 
-# %% ../nbs/07_world_tasks.ipynb #4e136481
+# %% ../nbs/07_world_tasks.ipynb #93082f71
 _SHARED_KNOBS = (DIFFICULTY, CODE_SWITCHED_ROWS, CODE_SWITCHED_WORDS, CONTEXT_SENTENCES, UNANSWERABLE, PROPERTY_SHARE, CORPUS_MIX)
 
 def world_source(
@@ -421,6 +438,7 @@ def _declare(name: str, format: str, kind: str, read: Callable[[Row], dict[str, 
         description=description, **(trained | more)))
 
 _declare("world_text", "masked_lm", "text", plain_text(), (), (), train_languages=WORLD_LANGUAGES, description="Text and translations of all languages of the world")
+_declare("world_captions", "image_text", "text", _pictured, (), (), train_languages=WORLD_LANGUAGES, description="Captions in all languages of the world, with the pictures that they describe")
 _NLI, _PAWS = text_pair("premise", "hypothesis"), text_pair("sentence1", "sentence2")
 _QA, _POS = ("exact_match", "f1"), ("chunk_f1", "token_accuracy")
 _declare("world_mnli", "sequence_classification", "nli", _NLI, ("accuracy",), ("accuracy",), NLI_LABELS, ("en",), "What follows from a sentence")

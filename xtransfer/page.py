@@ -72,7 +72,7 @@ _GAINS = """
 <figcaption>Rings: the mean over zero-shot languages of each seed. Diamond and bar: gain and interval. Pretraining, where it is part of the study, varies with the seed.</figcaption></figure>
 """
 
-# %% ../nbs/13a_page.ipynb #63a5f5b5
+# %% ../nbs/13a_page.ipynb #41d92b33
 _LEVELS = """
 <h2>Absolute scores</h2><div class="wide"><table><caption>Zero-shot mean over languages, ± standard deviation over seeds; below it English, and the gap to it. A gain means little at floor or ceiling.</caption>
 <thead><tr><th>arm</th>{% for target in targets %}<th class="n">{{ target }}<br><span class="soft small">{{ measures[target] }}</span></th>{% endfor %}</tr></thead><tbody>
@@ -83,7 +83,7 @@ _LEVELS = """
 <div class="wide"><table><thead><tr><th>arm</th><th>target</th><th class="n">raw score</th><th class="n">raw gain</th><th>verdict</th><th class="n">centred score</th><th class="n">centred gain</th><th>verdict</th></tr></thead><tbody>
 {% for row in retrieval %}<tr><td>{{ row.label }}</td><td>{{ row.target }}</td>{% if row.raw.verdict == "not applicable" %}<td class="not applicable" colspan="6">not applicable</td>{% else %}<td class="n">{{ row.raw_score | plain }}</td><td class="n">{{ row.raw | words }}</td><td class="{{ row.raw.verdict }}">{{ row.raw.verdict }}</td>
 <td class="n">{{ row.centred_score | plain }}</td><td class="n">{{ row.centred | words }}</td><td class="{{ row.centred.verdict }}">{{ row.centred.verdict }}</td>{% endif %}</tr>{% endfor %}</tbody></table></div>{% endif %}
-{% if controls %}<h2>Against a control arm</h2><p>When an arm that mixes several things helps, any of them may be the reason. Each contrast compares it with an arm that has only a part of the mixture, named on the right.</p>
+{% if controls %}<h2>{{ "Against a control arm" if "none" in (levels | map(attribute=0) | list) else "Arm against arm" }}</h2><p>{% if "none" in (levels | map(attribute=0) | list) %}When an arm that mixes several things helps, any of them may be the reason. Each contrast compares it with an arm that has only a part of the mixture, named on the right.{% else %}The arm on the left against the one on the right, target by target.{% endif %}</p>
 <div class="wide"><table><thead><tr><th>contrast</th>{% for target in control_targets %}<th class="n">{{ target | replace("average_without_retrieval", "average without retrieval") }}</th>{% endfor %}</tr></thead><tbody>
 {% for label, cells in controls %}<tr><td>{{ label }}</td>{% for cell in cells %}<td class="n {{ cell.verdict }}">{% if cell.gain == cell.gain %}{{ cell.gain | signed }}{% if cell.n_inapplicable %} ‡{% endif %}<div class="small">{{ cell | interval }}</div>{% else %}{{ cell.verdict }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endif %}
 """

@@ -143,7 +143,7 @@ def _control_sentences(gains: pd.DataFrame, primary: str) -> list[dict[str, str]
     rows = gains[(gains["baseline"] != "none") & (gains["target"] == primary)]
     return [{"verdict": row["verdict"], "text": f"{row['treatment']} over {row['baseline']}: {interval_words(row)}; {meaning[row['verdict']].format(b=row['baseline'])}."} for _, row in rows.iterrows()]
 
-# %% ../nbs/14_report.ipynb #7c4e46ad
+# %% ../nbs/14_report.ipynb #159281ad
 def primary_average(findings: Findings) -> str:
     """The row that the answer is read from."""
     return "average_without_retrieval" if "average_without_retrieval" in set(findings.gains["target"]) else "average"
@@ -160,11 +160,11 @@ def answer(findings: Findings) -> list[dict[str, Any]]:
     cells = _cells_sentence(against_none[~against_none["target"].isin(AVERAGES)], findings.same_kind)
     if cells:
         parts.append({"heading": "Target by target", "lines": [{"verdict": "", "text": text} for text in cells]})
-    if findings.retrieval and trained:
+    if findings.retrieval and trained and len(averaged):
         parts.append({"heading": f"With the {_number(len(findings.retrieval))} retrieval targets included in the average", "lines": _by_verdict(against_none[against_none["target"] == "average"])})
     controls = _control_sentences(gains, primary)
     if controls:
-        parts.append({"heading": "Against a control arm" + (", without retrieval" if primary != "average" else ""), "lines": controls})
+        parts.append({"heading": ("Against a control arm" if len(averaged) else "Arm against arm") + (", without retrieval" if primary != "average" else ""), "lines": controls})
     return parts
 
 # %% ../nbs/14_report.ipynb #459590c8

@@ -12,7 +12,7 @@ from typing import Any
 from .backbones import BACKBONES, WORLD_XLMR, Backbone, retrieval_layer
 from .world import WORLD_LANGUAGES, world_tokenizer
 
-# %% ../nbs/08b_world_backbones.ipynb #6d633011
+# %% ../nbs/08b_world_backbones.ipynb #9160d23b
 LAYERS, LONGEST = 2, 128  # layers; tokens in one sequence
 WIDTHS = {"": 128, "-small": 64}  # ending of the name -> hidden size
 
@@ -22,7 +22,7 @@ def _xlmr(width: int) -> dict[str, Any]:
 
 def _mt5(width: int) -> dict[str, Any]:
     """mT5: relative positions, gated feed-forward layers, an encoder and a decoder."""
-    return {"model_type": "mt5", "d_model": width, "d_kv": 32, "num_heads": width // 32, "d_ff": 4 * width // 3, "num_layers": LAYERS, "num_decoder_layers": LAYERS, "dropout_rate": 0.0,
+    return {"model_type": "mt5", "d_model": width, "d_kv": 32, "num_heads": width // 32, "d_ff": 2 * width, "num_layers": LAYERS, "num_decoder_layers": LAYERS, "dropout_rate": 0.0,
             "feed_forward_proj": "gated-gelu", "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 
 def _bloom(width: int) -> dict[str, Any]:

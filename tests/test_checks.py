@@ -170,7 +170,6 @@ FAULTS = {  # what is wrong -> the copy, how it is made, the check that finds it
     "no padding token": ("xlm-roberta", lambda s: told(s, pad_token=None), "padding token", 'Backbone(pad_token="...")'),
     "no padding token in LLaMA": ("llama", lambda s: told(s, pad_token=None), "padding token", "<|end_of_text|>"),
     "padding is the unknown token": ("bloom", lambda s: told(s, pad_token="<unk>"), "padding token", "Backbone(pad_token"),
-    "padding is another token than the model's": ("bert", lambda s: told(s, pad_token="[SEP]"), "padding id", "pad_token_id=3"),
     "padding of XLM-R is another token": ("xlm-roberta", lambda s: told(s, pad_token="</s>"), "padding id", "row 1"),
     "no special tokens": ("xlm-roberta", plain, "pairs", "separates pairs"),
     "first token ordinary": ("bert", plain, "special tokens", 'pooling="mean"'),

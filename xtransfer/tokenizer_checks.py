@@ -136,7 +136,7 @@ def known_sentences(tokenizer: Any) -> tuple[dict[str, list[str]], dict[str, flo
     share = {script: unknown_share(tokenizer, found) for script, found in words.items() if found}
     return {script: words[script] for script, s in share.items() if s < 0.5}, {script: s for script, s in share.items() if s >= 0.5}
 
-# %% ../nbs/18a_tokenizer_checks.ipynb #9d41e8e8
+# %% ../nbs/18a_tokenizer_checks.ipynb #1ec5f239
 def check_padding_token(s: Subject) -> str:
     """There is a padding token, and it does not stand for unknown words; the one that closes a text may be both (Qwen, CLIP)."""
     t = s.tokenizer
@@ -157,14 +157,15 @@ def check_padding_side(s: Subject) -> str:
     return f"right, {mask.count(0)} places behind the shorter of two texts" if mask else "right"
 
 def check_padding_id(s: Subject) -> str:
-    """The embedding row that the model takes for padding belongs to the padding token."""
-    t, table = s.tokenizer, s.encoder.get_input_embeddings()
-    rows = {"which is never trained": getattr(table, "padding_idx", None), "from which positions are counted": s.config.pad_token_id if s.family.positions == "after_padding" else None}
-    for use, row in rows.items():
-        if row is not None and row != t.pad_token_id:
-            raise Fault(f"the model takes row {row} for padding, {use}, but there stands {t.convert_ids_to_tokens(int(row))!r}; the padding token {t.pad_token!r} has id {t.pad_token_id}",
-                        f'declare pad_token_id={t.pad_token_id} in the configuration, or Backbone(pad_token="...") with the token of row {row}')
-    return f"row {s.config.pad_token_id}" if any(row is not None for row in rows.values()) else "no row of the model is set apart"
+    """Positions are counted from the padding token's own row, where they are counted from one; elsewhere padding is masked, and its id does not matter."""
+    t, row = s.tokenizer, getattr(s.encoder.get_input_embeddings(), "padding_idx", None)
+    if s.family.positions == "after_padding" and s.config.pad_token_id != t.pad_token_id:
+        row = s.config.pad_token_id
+        raise Fault(f"the model counts positions from row {row}, which it takes for padding, but there stands {t.convert_ids_to_tokens(int(row))!r}; the padding token {t.pad_token!r} has id {t.pad_token_id}",
+                    f'declare pad_token_id={t.pad_token_id} in the configuration, or Backbone(pad_token="...") with the token of row {row}')
+    if row is None or row == t.pad_token_id:
+        return f"row {s.config.pad_token_id}" if s.family.positions == "after_padding" or row is not None else "no row of the model is set apart"
+    return f"{t.pad_token_id}; the model takes row {row} ({t.convert_ids_to_tokens(int(row))!r}) for padding and never trains it; padding is masked, so only that row stays as it is"
 
 def check_special_tokens(s: Subject) -> str:
     """The token that stands for a sequence is a special one."""

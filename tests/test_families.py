@@ -173,7 +173,7 @@ def travel(backbone, tasks, folder):
     vocabulary = model().encoder.get_input_embeddings().num_embeddings
     corrupt = make_corruption(tokenizer, backbone.kind.objective, recipe, vocabulary) if "masked_lm" in chosen else None
     sizes, mixing = {name: encoded.examples for name, encoded in data.items()}, Mixing(kind="uniform")
-    seed = next(s for s in itertools.count() if len(set(Sampler(sizes, recipe, mixing, s).task_of_step)) == len(sizes))  # in which every task has its turn
+    seed = next(s for s in itertools.count() if Sampler(sizes, recipe, mixing, s).shares.any(axis=0).all())  # in which every task has its turn
 
     def run(place, die_after=None):
         trained = model()

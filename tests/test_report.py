@@ -1,4 +1,5 @@
 """Reports from records on disk: words agree with numbers, nothing leaves the page, nothing escapes into markup."""
+import base64
 import html
 import re
 import subprocess
@@ -8,15 +9,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+import pandas as pd
 import pytest
 
 from xtransfer.analysis import simulate_scores
 from xtransfer.backbones import BACKBONES
 from xtransfer.core import XtransferError, write_json
 from xtransfer.languages import LANGUAGES, Language
-from xtransfer.plots import signed
+from xtransfer.findings import answer, arm_tasks, find, points_words, summary
+from xtransfer.plots import interval_words, plot_gains, signed
 from xtransfer.records import NOTEBOOK_NAME, RECORD_NAME, Record, Score, load_records
-from xtransfer.report import answer, arm_tasks, find, interval_words, primary_average, study_report
+from xtransfer.report import study_report
+from xtransfer.sections import ANSWERS, Answer, Section, Table
 from xtransfer.studies import Contrast, Recipe, Stage, Study, intermediate_cells
 from xtransfer.tasks import TASKS, Source, Task, text_pair
 
@@ -53,7 +57,7 @@ def build_study(seeds=(0, 1, 2), targets=("toy_target", f"toy_{SCRIPT}"), untrai
     return Study(name="toy", profile="smoke", question=f"Does {SCRIPT} help?", cells=cells, contrasts=contrasts, distance="typological", note=f"A toy with {SCRIPT}.")
 
 
-def write_records(study, outputs, truth, skip=(), capped=(), notes=""):
+def write_records(study, outputs, truth, skip=(), capped=(), notes="", whitened=False):
     """Records and notebooks of a study's plan with simulated scores."""
     seeds, targets = sorted({cell.seed for cell in study.cells}), {cell.target for cell in study.cells}
     gains = {arm: {target: truth.get((arm, target), 0.0) for target in targets} for arm in {cell.arm for cell in study.cells}}
@@ -65,8 +69,9 @@ def write_records(study, outputs, truth, skip=(), capped=(), notes=""):
     for run in study.plan():
         if run.id in skip:
             continue
+        more = [row | {"metric": row["metric"].replace("centred", "whitened"), "value": min(row["value"] + 1, 100.0)} for row in table.to_dict("records") if row["metric"].endswith("_centred")] if whitened else []
         scores = [Score(task=row["task"], language=row["language"], split="test", metric=row["metric"], value=row["value"], n=row["n"], selection=row["selection"]) for cell in places.get(run.id, [])
-                  for row in table[(table["arm"] == cell.arm) & (table["target"] == cell.target) & (table["seed"] == cell.seed)].to_dict("records")]
+                  for row in (*table.to_dict("records"), *more) if (row["arm"], row["target"], row["seed"]) == (cell.arm, cell.target, cell.seed)]
         data = [{"task": task, "language": "en", "split": "train", "rows": 100, "available": 900, "expected": None, "capped": task in capped, "repaired": 0, "dropped": 0, "note": notes, "fingerprint": "f"} for task in run.stage.train]
         record = Record(run=run.id, digest=run.digest, parent=run.parent.id if run.parent else None, template=run.template, backbone={"name": run.backbone}, stages=[], parameters={}, data=data,
                         environment={"python": "3.11", "packages": {"torch": "2.13.0"}, "cpus": 2}, training={}, seconds={"total": 2.0}, tokens_per_second=None, peak_memory_mb=1.0, scores=scores,
@@ -80,20 +85,30 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.references, self.ids, self.words = [], [], set(), []
+        self.tags, self.references, self.ids, self.words, self.attributes, self.aside = [], [], [], [], [], 0
         self.feed(text)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        self.attributes.append((tag, dict(attributes)))
+        self.aside += tag in ("svg", "style", "script")
         for name, value in attributes:
-            if name in ("href", "src", "srcset", "action", "data", "poster"):
+            if name in ("href", "xlink:href", "src", "srcset", "action", "data", "poster"):
                 self.references.append(value)
             if name == "id":
-                self.ids.add(value)
+                self.ids.append(value)
             assert not name.startswith("on"), f"an event handler: {name}"
 
+    def handle_endtag(self, tag):
+        self.aside -= tag in ("svg", "style", "script")
+
     def handle_data(self, data):
-        self.words.append(data)
+        if not self.aside:
+            self.words.append(data)
 
 
 TRUTH = {("qa", "toy_target"): 6.0, ("nli", "toy_target"): -5.0, ("nli", f"toy_{SCRIPT}"): -5.0, ("nli", "toy_retrieval"): 10.0, ("all+mlm", "toy_target"): 3.0, ("all+mlm", f"toy_{SCRIPT}"): 3.0}
@@ -111,12 +126,42 @@ def test_page_is_self_contained_and_names_do_not_become_markup(written):
     study, path, _, _ = written
     text = path.read_text(encoding="utf-8")
     page = Page(text)
-    assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
+    assert page.tags.count("script") == 1 and "toy" not in text[text.index("<script>"):], "the one script is the page's own and knows no data"
+    assert not {"link", "iframe", "img", "object", "form"} & set(page.tags)
     assert html.escape(SCRIPT) in text and SCRIPT not in text
-    assert "".join(page.words).count(SCRIPT) >= 4  # question, note, task and language are shown as they are
-    assert all(reference.startswith(("data:image/png;base64,", "#", "../")) for reference in page.references)
-    assert not re.search(r"@import|url\(", text) and "https://" not in text and "http://" not in text
-    assert sum(reference.startswith("data:image/png") for reference in page.references) == 3
+    assert page.text.count(SCRIPT) >= 4  # question, note, task and language are shown as they are
+    assert all(reference.startswith(("data:image/png;base64,", "data:text/csv;", "data:application/x-tex;", "#", "../")) for reference in page.references)
+    assert not re.search(r"@import|url\((?!#)", text) and "https://" not in text and "http://" not in text
+
+
+def test_page_is_read_without_eyes(written):
+    page = Page(written[1].read_text(encoding="utf-8"))
+    tags = page.attributes
+    assert ("html", {"lang": "en"}) in tags and {"header", "main", "nav", "footer"} <= set(page.tags)
+    heads = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert heads[0] == 1 and heads.count(1) == 1 and all(b - a <= 1 for a, b in zip(heads, heads[1:]))
+    assert len(page.ids) == len(set(page.ids)), "figures share no identifiers"
+    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in tags if tag == "th")
+    drawings = [attributes for tag, attributes in tags if tag == "svg"]
+    assert len(drawings) >= 4 and all(a["role"] == "img" and len(a["aria-label"]) > 40 for a in drawings)
+    assert page.tags.count("caption") == page.tags.count("table") >= 10
+    assert all(attributes["aria-labelledby"] in page.ids for _, attributes in tags if "aria-labelledby" in attributes)
+    contents = [reference for reference in page.references if reference.startswith("#")]
+    assert len(contents) >= 10 and contents[0] == "#answer"
+
+
+def test_tables_are_files_and_links(written):
+    study, path, _, _ = written
+    page, folder = Page(path.read_text(encoding="utf-8")), path.parent / path.stem
+    links = {a["download"]: a["href"] for tag, a in page.attributes if tag == "a" and "download" in a}
+    assert len(links) == 2 * page.tags.count("table") == len(list(folder.iterdir()))
+    for name, address in links.items():
+        content = base64.b64decode(address.split("base64,")[1]).decode()
+        assert content == (folder / name.removeprefix(f"{path.stem}-")).read_text(encoding="utf-8")
+    gains = pd.read_csv(folder / "gains.csv")
+    found = find(study, load_records(study, folder.parents[1]))
+    assert sorted(gains["gain"].round(3)) == sorted(found.of_gains(found.gains)["gain"].round(3)) and (gains["low"] < gains["gain"]).all()
+    assert r"toy\_\textless{}script\textgreater{}alert(1)\textless{}/script\textgreater{}" in (folder / "gains.tex").read_text()
 
 
 def test_links_are_relative_and_exist(written):
@@ -130,29 +175,31 @@ def test_links_are_relative_and_exist(written):
 def test_words_agree_with_numbers(written):
     study, path, _, outputs = written
     findings = find(study, load_records(study, outputs))
-    parts, averages = answer(findings), findings.gains[(findings.gains["target"] == primary_average(findings)) & (findings.gains["baseline"] == "none")]
-    assert primary_average(findings) == "average_without_retrieval"
+    assert findings.primary == "average_without_retrieval" and findings.baselines == ("none",)
+    parts, averages = answer(findings), findings.of_gains(findings.gains[findings.gains["target"] == findings.primary])
     for _, row in averages.iterrows():
-        line = next(line for line in parts[0]["lines"] if f"{row['treatment']} {interval_words(row)}" in line["text"])
-        assert line["verdict"] == row["verdict"]
-        assert (row["low"] > 0) == ("help" in line["text"]) and (row["high"] < 0) == ("hurt" in line["text"])
+        line = next(line for line in parts[0][1] if f"{row['treatment']} {interval_words(row)}" in line)
+        assert (row["low"] > 0) == ("help" in line) and (row["high"] < 0) == ("hurt" in line)
     assert averages.set_index("treatment")["verdict"].to_dict() == {"nli": "hurts", "qa": "helps", "mlm": "not resolved", "all+mlm": "helps"}
-    cells = findings.gains[(findings.gains["baseline"] == "none") & ~findings.gains["target"].str.startswith("average")]
-    text = " ".join(line["text"] for line in parts[1]["lines"])
+    best = averages.loc[averages["gain"].idxmax()]
+    assert f"largest gain of four arms is that of {best['treatment']}, {points_words(best)}; two of them help and one hurts" in summary(findings)
+    cells = findings.of_gains(findings.gains[~findings.gains["target"].str.startswith("average")])
+    text = " ".join(parts[1][1])
     assert f"Of the {len(cells)} combinations" in text
     assert f"nli on toy_retrieval, {signed(cells.set_index(['treatment', 'target']).loc[('nli', 'toy_retrieval'), 'gain'])}" in text  # the largest across kinds
-    words = " ".join(" ".join(Page(path.read_text(encoding="utf-8")).words).split())
-    for part in parts:
-        assert part["heading"] in words and all(line["text"] in words for line in part["lines"])
+    words = Page(path.read_text(encoding="utf-8")).text
+    assert summary(findings) in words and words.index(summary(findings)) < words.index("On this page")
+    for heading, lines in parts:
+        assert heading in words and all(line in words for line in lines)
     control = findings.gains[(findings.gains["baseline"] == "mlm") & (findings.gains["target"] == "average_without_retrieval")].iloc[0]
-    assert parts[-1]["lines"][0]["text"].startswith(f"all+mlm over mlm: {interval_words(control)}; it adds something")
+    assert parts[-1][1][0] == f"all+mlm over mlm: {interval_words(control)}; it is better than mlm."
 
 
 def test_every_gain_is_on_the_page(written):
     study, path, _, outputs = written
-    words = " ".join(Page(path.read_text(encoding="utf-8")).words)
+    words = Page(path.read_text(encoding="utf-8")).text
     for _, row in find(study, load_records(study, outputs)).gains.iterrows():
-        assert signed(row["gain"]) in words and f"{signed(row['low'])} to {signed(row['high'])}" in words
+        assert f"{signed(row['gain'])} ({signed(row['low'])} to {signed(row['high'])})" in words
 
 
 def test_same_kind_is_marked(written):
@@ -165,7 +212,16 @@ def test_retrieval_is_shown_raw_and_centred(written):
     study, path, _, outputs = written
     findings = find(study, load_records(study, outputs))
     assert set(findings.centred["target"]) == {"toy_retrieval", "average"} and (findings.centred_scores["zero_shot"] > 14).all()
-    assert "Retrieval, raw and language-centred" in path.read_text(encoding="utf-8")
+    assert findings.whitened is None and "Retrieval, raw and centred" in path.read_text(encoding="utf-8")
+
+
+def test_whitened_retrieval_is_shown_where_records_have_it(toys, tmp_path):
+    study = build_study(seeds=(0, 1), targets=())
+    write_records(study, tmp_path, TRUTH, whitened=True)
+    path, _ = study_report(study, tmp_path)
+    findings, table = find(study, load_records(study, tmp_path)), pd.read_csv(path.parent / path.stem / "retrieval.csv")
+    assert len(findings.whitened) == len(findings.gains) and "Retrieval, raw, centred and whitened" in Page(path.read_text()).text
+    assert ((table["whitened score"] - table["centred score"]).between(0.99, 1.01)).all() and table["whitened gain"].notna().sum() == len(study.contrasts)
 
 
 def test_terminal_table_is_short_and_aligned(written):
@@ -190,7 +246,7 @@ def test_an_incomplete_study_says_so(toys, tmp_path):
     error.parent.mkdir(parents=True)
     error.write_text(f"run failed with {SCRIPT}\n")
     path, _ = study_report(study, tmp_path)
-    words = " ".join(" ".join(Page(path.read_text(encoding="utf-8")).words).split())
+    words = Page(path.read_text(encoding="utf-8")).text
     assert "This study is not complete" in words and f"3 of {len(study.plan())} runs have no record" in words
     assert "Capped: toy_nli train (100 of 900)" in words and f"run failed with {SCRIPT}" in words
     assert words.count(" failed ") >= 1 and words.count(" missing ") >= 2
@@ -226,12 +282,12 @@ def test_what_the_backbone_cannot_do_is_not_applicable_in_every_table(narrow, tm
     averages = found.gains[(found.gains["treatment"] == "nli") & found.gains["target"].str.startswith("average")].set_index("target")
     assert averages["n_targets"].to_dict() == {"average": 2, "average_without_retrieval": 1} and (averages["n_inapplicable"] == 1).all()
     text = path.read_text(encoding="utf-8")
-    words = " ".join(" ".join(Page(text).words).split())
+    words = Page(text).text
     for reason in ("toy_span reads sequences of 128 tokens, and toy-narrow has 64 positions", "toy_qa reads sequences of 128 tokens, and toy-narrow has 64 positions"):
         assert words.count(reason) == 2, "in the notice and below the first figure"
     assert "arms qa, all+mlm" in words and "target toy_span" in words and "the study was declared with world-xlmr" in words and "it has read <toy_target>" in words
     assert "(toy_span is not applicable)" in words and "qa and all+mlm are not applicable." in words
-    assert not re.search(r"<td[^>]*>\s*</td>\s*<td[^>]*>\s*</td>\s*<td[^>]*>\s*</td>\s*<td[^>]*>\s*</td>", text.split("<h2>Runs</h2>")[0].split("Data as used")[0]), "no row of blanks"
+    assert not re.search(r"<td[^>]*>\s*</td>\s*<td[^>]*>\s*</td>\s*<td[^>]*>\s*</td>\s*<td[^>]*>\s*</td>", text.split('<h2 id="what-was-run">')[0]), "no row of blanks"
     assert table.count("not applicable") == 2 * 3 + 1 and "‡" in table and table.splitlines()[-1].startswith("‡ without targets")
 
 
@@ -249,9 +305,10 @@ def test_one_seed_gives_no_verdict(toys, tmp_path):
     study = build_study(seeds=(0,))
     write_records(study, tmp_path, TRUTH)
     path, table = study_report(study, tmp_path)
-    words = " ".join(" ".join(Page(path.read_text(encoding="utf-8")).words).split())
+    words = Page(path.read_text(encoding="utf-8")).text
     assert "One seed" in words and " helps" not in table and "too few seeds" in table
-    assert not any(line["verdict"] in ("helps", "hurts") for part in answer(find(study, load_records(study, tmp_path))) for line in part["lines"])
+    found = find(study, load_records(study, tmp_path))
+    assert not any(re.search(r"\) (helps?|hurts?)\b", line) for _, lines in answer(found) for line in lines) and "with one seed there is no verdict" in summary(found)
 
 
 @pytest.mark.parametrize("untrained", [(), ("toy_retrieval",)])
@@ -261,18 +318,74 @@ def test_studies_with_and_without_retrieval(toys, tmp_path, untrained):
     path, table = study_report(study, tmp_path)
     findings = find(study, load_records(study, tmp_path))
     assert path.is_file() and len(table.splitlines()) == 6 and (findings.centred is not None) == bool(untrained)
-    assert not any("retrieval targets included" in part["heading"] for part in answer(findings))
+    assert not any("included" in heading for heading, _ in answer(findings))
 
 
-def test_bad_input(toys, tmp_path):
-    study = build_study()
+def test_nothing_to_report(toys, tmp_path):
     with pytest.raises(XtransferError, match="no record of study toy"):
-        study_report(study, tmp_path)
-    only_baseline = [run.id for run in study.plan() if run.id not in {cell.run.id for cell in study.cells if cell.arm == "none"}]
-    write_records(study, tmp_path, TRUTH, skip=only_baseline)
-    with pytest.raises(XtransferError, match="no contrast has scores on both sides"):
-        study_report(study, tmp_path)
+        study_report(build_study(), tmp_path)
     assert not list(tmp_path.glob("reports/*"))
+
+
+def test_a_study_without_an_answer_yet_has_a_page(toys, tmp_path):
+    study = build_study(seeds=(0, 1))
+    others = [run.id for run in study.plan() if run.id not in {cell.run.id for cell in study.cells if cell.arm == "none"}]
+    failed = next(cell.run for cell in study.cells if cell.arm == "qa")
+    error = (tmp_path / failed.id).with_name(f".work-{Path(failed.id).name}") / "error.txt"
+    error.parent.mkdir(parents=True)
+    error.write_text("out of memory\n")
+    path, said = study_report(study, tmp_path)
+    assert "No answer yet" in said and "out of memory" in Page(path.read_text()).text
+    write_records(study, tmp_path, TRUTH, skip=others)
+    path, _ = study_report(study, tmp_path)
+    words = Page(path.read_text()).text
+    assert "No answer yet: none of the four comparisons has scores on both sides." in words and f"{len(others)} of {len(study.plan())} runs have no record" in words
+    assert f"{find(study, load_records(study, tmp_path)).absolute['zero_shot'].iloc[0]:.1f}" in words
+
+
+@pytest.fixture
+def two(toys):
+    """Two backbones with an arm each, and a longer training of the target that says nothing on retrieval."""
+    study, cells, stage = build_study(seeds=(0, 1)), (), Stage(train=("toy_qa",), recipe=RECIPE, seed=0)
+    for backbone in ("world-xlmr", "world-mt5"):
+        for arm, stages, untrained, recipe in ((backbone, (), ("toy_retrieval",), RECIPE), (f"{backbone} + qa", (stage,), ("toy_retrieval",), RECIPE), (f"{backbone} + longer", (), (), replace(RECIPE, epochs=2))):
+            cells += intermediate_cells(backbone, {arm: stages}, {"toy_target": recipe}, untrained, (0, 1), Stage(train=("toy_text",), recipe=RECIPE, seed=0), RECIPE)
+    pairs = [(f"{b} + {arm}", b) for b in ("world-xlmr", "world-mt5") for arm in ("qa", "longer")] + [("world-mt5", "world-xlmr")]
+    return replace(study, cells=cells, baselines=("world-xlmr", "world-mt5"), contrasts=tuple(Contrast(treatment=a, baseline=b) for a, b in pairs))
+
+
+def test_several_backbones_are_grouped_and_holes_of_the_design_are_not_missing(two, tmp_path):
+    write_records(two, tmp_path, {("world-mt5 + qa", "toy_target"): 8.0})
+    path, table = study_report(two, tmp_path)
+    found, words = find(two, load_records(two, tmp_path)), Page(path.read_text()).text
+    assert found.undeclared == {("world-xlmr + longer", "toy_retrieval"), ("world-mt5 + longer", "toy_retrieval")} and found.baselines == ("world-xlmr", "world-mt5")
+    verdicts = found.gains.set_index(["treatment", "target"])["verdict"]
+    assert verdicts["world-mt5 + longer", "toy_retrieval"] == "not declared" and not found.gains["n_missing"].any() and "missing" not in table
+    heatmap = plot_gains(found.of_gains(found.gains), found.columns, grouped=True)
+    assert [axes.get_title(loc="left") for axes in heatmap.axes[:2]] == ["world-xlmr", "world-mt5"]
+    assert all([label.get_text() for label in axes.get_yticklabels()] == ["qa", "longer"] for axes in heatmap.axes[:2])
+    assert "the largest gain of four arms is that of world-mt5 + qa" in summary(found) and "Arm against arm" in words and "world-mt5 vs world-xlmr" in words
+    assert "world-mt5 + qa vs" not in words and not (pd.read_csv(path.parent / path.stem / "gains.csv")["missing"]).any()
+
+
+def test_a_study_answers_its_own_question(toys, tmp_path, monkeypatch):
+    study = build_study(seeds=(0, 1), targets=("toy_target",), untrained=())
+    own = Section(heading="By letter", tables=(Table(name="letters", caption="Letters.", rows=pd.DataFrame({"letter": ["a", SCRIPT], "p": [0.0002, 0.5]}), formats={"p": "p"}),))
+    monkeypatch.setitem(ANSWERS, "toy", lambda study, findings, scores, outputs: Answer(sentence=f"It does, by {len(scores)} scores.", sections=(own,)))
+    write_records(study, tmp_path, TRUTH)
+    path, _ = study_report(study, tmp_path)
+    words = Page(path.read_text()).text
+    assert f"It does, by {len(load_records(study, tmp_path))} scores." in words and words.index("Letters.") < words.index("Transfer gains, points.") and "< 0.001" in words
+    assert (path.parent / path.stem / "letters.tex").read_text().count(r"\textless{}") == 3
+
+    def broken(*_):
+        raise KeyError("qa")
+
+    monkeypatch.setitem(ANSWERS, "toy", broken)
+    with pytest.raises(KeyError):
+        study_report(study, tmp_path)
+    (tmp_path / study.cells[0].run.id / RECORD_NAME).unlink()
+    assert "The study's own analysis is not possible yet" in Page(study_report(study, tmp_path)[0].read_text()).text
 
 
 def test_no_torch():

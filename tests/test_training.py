@@ -100,11 +100,11 @@ def test_mixing_shares_and_epochs():
     for mixing, shares in ((Mixing(kind="uniform"), (1 / 3, 1 / 3, 1 / 3)), (Mixing(kind="proportional"), (0.05, 0.15, 0.8)), (Mixing(kind="capped", cap=300), (1 / 7, 3 / 7, 3 / 7)),
                            (Mixing(kind="temperature", temperature=2), tuple(np.sqrt([1, 3, 16]) / np.sqrt([1, 3, 16]).sum()))):
         sampler = Sampler(sizes, recipe, mixing, seed=1)
-        drawn = np.bincount(sampler.task_of_step, minlength=3) / 6000
+        drawn = (sampler.shares > 0).mean(axis=0)
         assert np.abs(drawn - shares).max() < 4 * np.sqrt(0.25 / 6000), "within four standard errors"
     seen = {name: [] for name in sizes}
     for step in range(900):
-        task, examples = sampler.examples(step)
+        [(task, examples)] = sampler.parts(step)
         seen[task].extend(examples.tolist())
     for name, numbers in seen.items():
         whole = len(numbers) // sizes[name] * sizes[name]

@@ -14,7 +14,7 @@ from xtransfer.metrics import METRICS
 from xtransfer.tasks import TASKS, load_examples
 from xtransfer.world import DISTANCE_WEIGHTS, TYPOLOGIES, WH, WORLD_LANGUAGES, Entity, typological_distance, world_tokenizer
 from xtransfer.world_meanings import Utterance, zone_of
-from xtransfer.world_tasks import NLI_LABELS, SIZES, SUPERTAGS, WORLD_TASKS, _DRAW, _supertag, sentences, world_rows
+from xtransfer.world_tasks import DRAWN, NLI_LABELS, SIZES, SUPERTAGS, WORLD_TASKS, sentences, supertag, world_rows
 
 TARGETS = ("world_xnli", "world_pawsx", "world_udpos", "world_panx", "world_xquad")
 TEXTS = ("text", "text_pair", "premise", "hypothesis", "sentence1", "sentence2", "context", "question", "source_sentence", "target_sentence")
@@ -71,7 +71,7 @@ def clauses(drawn):
 
 def test_every_event_is_of_the_zone_of_its_split():
     # zones are disjoint sets of propositions; questions, qualities and what everybody knows are no events
-    for name, draw in _DRAW.items():
+    for name, draw in DRAWN.items():
         group = "target" if name in TARGETS + ("world_tatoeba",) else "intermediate"
         for split in SIZES[name]:
             events = [c for c in clauses(list(draw(name, split)))
@@ -110,8 +110,8 @@ def test_supertags_do_not_follow_from_the_word():
     tags = {}
     for utterance in sentences("world_ccg", "dev"):
         for word in utterance.words("en"):
-            assert _supertag(word, utterance) in SUPERTAGS
-            tags.setdefault(word.text, set()).add(_supertag(word, utterance))
+            assert supertag(word, utterance) in SUPERTAGS
+            tags.setdefault(word.text, set()).add(supertag(word, utterance))
     assert len(tags["brush"]) >= 2 and len(tags["doctor"]) >= 2 and len(tags["in"]) >= 2
 
 

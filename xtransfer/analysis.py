@@ -48,7 +48,7 @@ def simulate_scores(
                     rows.append(row | {"metric": "accuracy_centred", "value": float(np.clip(value + 15, 0, 100))})
     return pd.DataFrame(rows)
 
-# %% ../nbs/11_analysis.ipynb #27bbe749
+# %% ../nbs/11_analysis.ipynb #34962adb
 CELL = ("arm", "target", "seed", "language")
 
 def _headline_keys(targets: Iterable[str], keys: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
@@ -63,7 +63,7 @@ def headline(
     scores: pd.DataFrame,  # the table of `load_records`
     keys: Mapping[str, Sequence[str]] | None = None,  # target -> result keys to average; a target not named uses its task's headline
     split: str | None = "test",  # None: test, or dev for a target that has no test scores
-    selection: Literal["best", "last"] = "best",  # checkpoint on English dev
+    selection: Literal["best", "last", "average"] = "best",  # of the weights: chosen on English dev, the last ones, or their average over the last evaluations
 ) -> pd.DataFrame:  # one row per CELL: value, n, capped, retrieval, run, split
     """One value per arm, target, seed and language.
 
@@ -81,8 +81,8 @@ def headline(
     for problem, what in ((broken, "a value that is not a number"), (doubled, "more than one value")):
         if len(problem):
             raise XtransferError(f"{what} for {dict(problem.iloc[0][[*CELL, 'metric']])}.")
-    table = rows.groupby(list(CELL), as_index=False).agg(value=("value", "mean"), found=("metric", "nunique"), n=("n", "min"), capped=("capped", "any"), retrieval=("selection", lambda s: bool((s == "none").all())), run=("run", "first"), split=("split", "first"))
-    lacking = table[table["found"] < table["target"].map(lambda target: len(chosen[target]))]
+    table = rows.assign(untrained=rows["selection"] == "none").groupby(list(CELL), as_index=False).agg(value=("value", "mean"), found=("metric", "nunique"), n=("n", "min"), capped=("capped", "any"), retrieval=("untrained", "all"), run=("run", "first"), split=("split", "first"))
+    lacking = table[[found < len(chosen[target]) for target, found in zip(table["target"], table["found"])]]
     unscored = set(chosen) - set(table["target"])
     if len(lacking) or unscored:
         where = dict(lacking.iloc[0][list(CELL)]) if len(lacking) else {"target": sorted(unscored)[0]}

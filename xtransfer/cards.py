@@ -7,7 +7,7 @@ __all__ = ['READING', 'MANY_LABELS', 'LONGEST_SHOWN', 'AROUND', 'WORDS_SHOWN', '
            'score_section', 'source_section', 'task_card', 'refusals', 'backbone_card', 'write_cards', 'columns',
            'visible', 'example_table']
 
-# %% ../nbs/14c_cards.ipynb #9888bda8
+# %% ../nbs/14c_cards.ipynb #595dbdad
 import bisect
 import html
 import re
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from .backbones import BACKBONES, LAYERS_OF_XTREME, Backbone, unsuitable
-from .catalogue import PHANG_CLASSIFICATION, PHANG_QA, XTREME_R_LAREQA  # importing it fills the registries
+import xtransfer.catalogue  # fills the registries
+from .recipes import PHANG_CLASSIFICATION, PHANG_QA, XTREME_R_LAREQA
 from .core import XtransferError, write_text
 from .languages import LANGUAGE_SETS, LANGUAGES
 from .metrics import METRICS, Metric

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARAMETERS_NAME', 'TRAINED_NAME', 'OUTPUT_NAME', 'AGENT', 'PROGRAM', 'work', 'main', 'train']
 
-# %% ../nbs/19a_distributed.ipynb #2a85fd63
+# %% ../nbs/19a_distributed.ipynb #4c23a0b6
 import json
 import os
 import re
@@ -24,7 +24,7 @@ from torch import distributed
 from .core import XtransferError, end_with_parent, package_folder, read_json, write_json
 from .ranks import check_ranks, meet
 from .steps import LOG_NAME, PLAN_NAME, TRAINING_NAME, Step, peak_memory, train as train_here
-from .training import Fitted, Progress, StepBar, set_up
+from .training import Fitted, Progress, StepBar, averaged_steps, set_up
 
 # %% ../nbs/19a_distributed.ipynb #9deec48a
 PARAMETERS_NAME, TRAINED_NAME, OUTPUT_NAME = "parameters.json", "trained.json", "ranks.log"
@@ -122,7 +122,7 @@ def _launch(step: Step) -> None:
     if code:
         raise XtransferError(_reason(step, code))
 
-# %% ../nbs/19a_distributed.ipynb #1513e160
+# %% ../nbs/19a_distributed.ipynb #ee9e1846
 def train(step: Step) -> Fitted:
     """Train the stage's mixture in as many processes as the notebook asks for, going on from a saved state if there is one."""
     if step.processes == 1:
@@ -142,7 +142,7 @@ def train(step: Step) -> Fitted:
     set_up(step.model, step.stage.recipe, step.stage.seed)
     step.model.to(device)
     progress = Progress(**read_json(training / f"state-{found['steps']:08d}" / "progress.json"))
-    step.fitted = Fitted(progress=progress, steps=found["steps"], folder=training)
+    step.fitted = Fitted(progress=progress, steps=found["steps"], folder=training, averaged=averaged_steps(found["steps"], step.stage.recipe))
     step.fitted.load(step.model, "last")
     return step.fitted
 

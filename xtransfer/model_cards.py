@@ -127,14 +127,17 @@ def use_section(record: Record, backbone: Backbone) -> list[str]:
     facts += ["A pooler that the class may add has no trained weights."] if backbone.kind.loader == "AutoModel" else []
     return [*_loading(backbone), "", " ".join(facts), "", *_heads(record)]
 
-# %% ../nbs/14e_model_cards.ipynb #1f9fb6ed
+# %% ../nbs/14e_model_cards.ipynb #6261bde5
 def _chosen(one: Record) -> str:
     """Which weights a stage handed over, with their development score."""
     if not one.training.get("steps"):
         return "nothing was trained"
     selection = one.stages[-1]["recipe"]["selection"]
+    runs = f" (mean of {len(one.training['runs'])} runs)" if "runs" in one.training else ""
+    if selection == "average":
+        return f"average of the weights after {', '.join(f'{step:,}' for step in one.training['averaged_steps'])} of {one.training['steps']:,} updates{runs}"
     step = one.training["best_step"] if selection == "best" else one.training["steps"]
-    return f"{selection} of {one.training['steps']:,} updates (update {step:,}), {one.training[f'{selection}_dev']:.1f} on development data"
+    return f"{selection} of {one.training['steps']:,} updates (update {step:,}), {one.training[f'{selection}_dev']:.1f} on development data{runs}"
 
 def lineage_section(lineage: Sequence[Record], backbone: Backbone) -> list[str]:
     """Where the weights come from, stage by stage."""
@@ -235,10 +238,11 @@ def software_section(record: Record) -> list[str]:
     commit = f", commit {code(around['git_commit'])}" if around.get("git_commit") else ""
     return [f"{safe(versions)}{commit}. {safe(around.get('platform') or '')}, {safe(around.get('device') or '')}; {record.seconds.get('total', 0):,.0f} seconds, ended {safe(record.ended)}."]
 
-# %% ../nbs/14e_model_cards.ipynb #c85ac55a
+# %% ../nbs/14e_model_cards.ipynb #1ffc24d6
 CARD_NAME = "README.md"
 MODELS = {"encoder": "encoder", "encoder_decoder": "encoder-decoder", "decoder": "decoder", "vision_text": "text tower of a multimodal model"}
-KINDS = {"pretrain": "after its pretraining", "intermediate": "after intermediate training, before any target", "target": "trained for a target task, with its head", "retrieval": "as it was scored in retrieval; nothing was trained in this stage"}
+KINDS = {"pretrain": "after its pretraining", "intermediate": "after intermediate training, before any target", "target": "trained for a target task, with its head", "retrieval": "as it was scored in retrieval; nothing was trained in this stage",
+         "probe": "as it was measured; nothing was trained in this stage"}
 
 def model_card(
     record: Record,

@@ -107,7 +107,7 @@ def layer_names(
         found |= {type(layer).__name__ for layer in part} if isinstance(part, nn.ModuleList) else layer_names(part)
     return found
 
-# %% ../nbs/16d_ranks.ipynb #d8509ff9
+# %% ../nbs/16d_ranks.ipynb #9502b5a1
 Sharding = Literal["", "full"]
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +133,8 @@ class Ranks:
         """
         if self.count > 1 and recipe.perturbation != "none":
             raise XtransferError(f"recipe {recipe.name} has the perturbation {recipe.perturbation!r}, whose size is a share of the mean over a whole batch; train it in one process instead of {self.count}.")
+        if self.count > 1 and recipe.gradients != "one_task":
+            raise XtransferError(f"recipe {recipe.name} has the gradients {recipe.gradients!r}, which are compared between tasks before processes add theirs up; train it in one process instead of {self.count}, or with gradients='one_task'.")
         if self.sharding:
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layer_names(model.encoder))
         return self.accelerator.prepare(model, optimizer)

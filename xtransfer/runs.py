@@ -7,7 +7,7 @@ __all__ = ['TYPES', 'template_path', 'check_parameters', 'run_parameters', 'Busy
            'execute', 'check_same_data', 'Work', 'remaining', 'estimate_seconds', 'gpu_count', 'gpus_of_worker',
            'worker_count', 'check_writable', 'Outcome', 'format_duration', 'run_study']
 
-# %% ../nbs/21_runs.ipynb #49362d9d
+# %% ../nbs/21_runs.ipynb #5579169f
 import datetime
 import os
 import shutil
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ from .core import XtransferError, nearest, package_folder, plain, read_json, wri
 from .model_cards import CARD_NAME, model_card
 from .records import NOTEBOOK_NAME, RECORD_NAME, Record, Score, environment, read_record, run_folder, study_records
 from .sources import DATA_VARIABLE, data_folder, resolved_revision
-from .studies import TEMPLATES, Run, Study
+from .studies import TEMPLATES, Run, Study, lineage
 from .tasks import TASKS
 
-# %% ../nbs/21_runs.ipynb #4c82f018
+# %% ../nbs/21_runs.ipynb #660d1b5d
 def template_path(
-    name: str,  # "pretrain", "intermediate", "target" or "retrieval"
+    name: str,  # in TEMPLATES
 ) -> Path:
     """The template notebook: in the installed package, or in the repository that the package is imported from.
 
@@ -79,7 +79,7 @@ def run_parameters(
     parent = os.path.relpath(Path(run.parent.id) / "checkpoint", run.id) if run.parent else ""
     return {"backbone": run.backbone, "parent": parent, "train": list(stage.train), "score": list(stage.score), "score_splits": list(stage.score_splits), "languages": list(stage.languages),
             "recipe": plain(stage.recipe), "mixing": plain(stage.mixing), "seed": stage.seed, "train_limit": stage.train_limit or 0, "score_limit": stage.score_limit or 0,
-            "threads": threads, "processes": processes if stage.train else 1, "sharding": sharding if stage.train else "", "keep_checkpoint": keep_checkpoint, "declarations": list(declarations)}
+            "threads": threads, "processes": processes if stage.train else 1, "sharding": sharding if stage.train else "", "keep_checkpoint": keep_checkpoint, "declarations": list(declarations), **({"measure": list(stage.measure)} if stage.measure else {})}
 
 # %% ../nbs/21_runs.ipynb #bec90b79
 class Busy(XtransferError):
@@ -127,12 +127,12 @@ def has_checkpoint(run: Run, outputs: str | Path) -> bool:
     """Whether a finished run's weights are there for its children."""
     return (run_folder(outputs, run) / "checkpoint" / "config.json").exists()
 
-# %% ../nbs/21_runs.ipynb #5d222347
+# %% ../nbs/21_runs.ipynb #6f77d376
 def _record(run: Run, work: Path, parameters: Mapping[str, Any], started: str) -> Record:
     """Put together what was asked, what was measured and where."""
     measured = read_json(work / "results.json")
     around = environment() | {"device": measured["device"], "threads": measured["threads"], "processes": measured["processes"]}
-    stages = [replace(run, stages=run.stages[:depth]).stage.identity for depth in range(1, len(run.stages) + 1)]
+    stages = [ancestor.stage.identity for ancestor in lineage(run)]
     return Record(run=run.id, digest=run.digest, parent=run.parent.id if run.parent else None, template=run.template, backbone=BACKBONES[run.backbone].identity, stages=stages,
                   parameters=parameters, data=measured["data"], environment=around, training=measured["training"], seconds=measured["seconds"],
                   tokens_per_second=measured["tokens_per_second"], peak_memory_mb=measured["peak_memory_mb"], scores=[Score(**s) for s in measured["scores"]],
@@ -144,7 +144,7 @@ def _now() -> str:
 def _write_card(run: Run, outputs: str | Path, work: Path) -> None:
     """Let a checkpoint speak for itself: a model card from the records of the run and its ancestors."""
     if (work / "checkpoint").is_dir():
-        ancestors = [run_folder(outputs, replace(run, stages=run.stages[:depth])) for depth in range(1, len(run.stages))]
+        ancestors = [run_folder(outputs, ancestor) for ancestor in lineage(run)[:-1]]
         parents = [read_record(folder) for folder in ancestors if (folder / RECORD_NAME).exists()]
         write_text(work / "checkpoint" / CARD_NAME, model_card(read_record(work), parents))
 
@@ -254,7 +254,7 @@ def _note_failure(work: Path, message: str) -> None:
     except OSError:
         pass
 
-# %% ../nbs/21_runs.ipynb #46459ba3
+# %% ../nbs/21_runs.ipynb #c3c4e659
 def check_same_data(
     study: Study,
     outputs: str | Path,
@@ -263,7 +263,7 @@ def check_same_data(
 
     Raises: XtransferError naming the first data set of which there are two versions.
     """
-    names = dict.fromkeys(name for run in study.plan() for name in (*run.stage.train, *run.stage.score))
+    names = dict.fromkeys(name for run in study.plan() for name in (*run.stage.train, *run.stage.score, *run.stage.measure))
     now = {name: {s.repo: (s.revision, resolved_revision(s)) for s in TASKS[name].sources if s.repo != "generated"} for name in names}
     if not any(now.values()):
         return

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALGORITHM_VERSION', 'Template', 'TEMPLATES', 'PROFILES', 'STUDIES', 'Recipe', 'Mixing', 'Stage', 'Run', 'Cell',
-           'Contrast', 'Inapplicable', 'Study', 'not_applicable', 'StudyDeclaration', 'intermediate_cells',
-           'load_declarations']
+           'Contrast', 'Inapplicable', 'lineage', 'limited', 'Study', 'not_applicable', 'StudyDeclaration',
+           'intermediate_cells', 'load_declarations']
 
 # %% ../nbs/09_studies.ipynb #bb3bd627
 import runpy
@@ -19,7 +19,7 @@ from .backbones import BACKBONES, unsuitable
 from .core import Registry, XtransferError, digest, nearest
 from .tasks import PRETRAINING_FORMATS, TASKS, UNTRAINED_FORMATS
 
-# %% ../nbs/09_studies.ipynb #8829033e
+# %% ../nbs/09_studies.ipynb #9b9498f6
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Hyperparameters of one stage."""
@@ -40,7 +40,7 @@ class Recipe:
     freeze_embeddings: bool = False  # keep the embedding tables as the parent left them
     evaluations: int = 5  # times the English dev set is scored, evenly spread, the last one at the end
     dev_limit: int = 500  # examples of English dev used for selection
-    selection: Literal["best", "last"] = "best"  # which weights are handed over: best on English dev, or the last
+    selection: Literal["best", "last", "average"] = "best"  # which weights are handed over: best on English dev, the last, or the average of `average_checkpoints`
     source: str = ""  # where the numbers are from
     layer_mix: bool = False  # heads read a learned mix of all layers instead of the last one (arXiv 2205.08497)
     perturbation: Literal["none", "noise", "adversarial"] = "none"  # of the word embeddings while training (arXiv 2104.08645)
@@ -49,12 +49,15 @@ class Recipe:
     lora_alpha: float = 16.0  # adapters are scaled by alpha / rank
     lora_layers: tuple[int, ...] = ()  # the only layers that get adapters, from 0; (): all
     precision: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; weights are always float32
+    gradients: Literal["one_task", "mean", "pcgrad"] = "one_task"  # of several tasks: each update trains on one task; or on a share of every task, whose gradients are averaged, or projected off one another where they conflict first (arXiv 2001.06782)
+    average_checkpoints: int = 0  # the weights of so many last evaluations are averaged and scored as "average", too (arXiv 2305.16834); 0: no average
+    average_runs: int = 1  # trainings with other data orders and the same new heads, of which the average is the result (arXiv 2305.16834)
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them; changes memory and time, not results
 
     @property
     def identity(self) -> dict[str, Any]:
         """The numbers that determine a result; fields that came later count when they are set."""
-        later = ("layer_mix", "perturbation", "perturbation_size", "lora_rank", "lora_alpha", "lora_layers", "precision")
+        later = ("layer_mix", "perturbation", "perturbation_size", "lora_rank", "lora_alpha", "lora_layers", "precision", "gradients", "average_checkpoints", "average_runs")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "source", "gradient_checkpointing") and not (f.name in later and getattr(self, f.name) == f.default)}
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +81,14 @@ class Mixing:
         drawn = [weights[self.kind](n) for n in sizes]
         return [w / sum(drawn) for w in drawn]
 
-# %% ../nbs/09_studies.ipynb #7c812cb0
+# %% ../nbs/09_studies.ipynb #159477b0
 ALGORITHM_VERSION = 1
-Template = Literal["pretrain", "intermediate", "target", "retrieval"]
-TEMPLATES: tuple[str, ...] = ("pretrain", "intermediate", "target", "retrieval")
+Template = Literal["pretrain", "intermediate", "target", "retrieval", "probe"]
+TEMPLATES: tuple[str, ...] = ("pretrain", "intermediate", "target", "retrieval", "probe")
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One notebook: train on some tasks, score some tasks, or both."""
+    """One notebook: train on some tasks, score some tasks, or both; or measure how the model as it is relates to some tasks."""
     train: tuple[str, ...] = ()  # task names; () trains nothing
     score: tuple[str, ...] = ()  # task names, scored in all their languages
     recipe: Recipe
@@ -95,10 +98,13 @@ class Stage:
     languages: tuple[str, ...] = ()  # the only languages that are scored; (): all of the task
     train_limit: int | None = None  # training examples per task and language
     score_limit: int | None = None  # evaluation examples per task and language
+    measure: tuple[str, ...] = ()  # task names: their embeddings, and how well this model suits them; such a stage neither trains nor scores
 
     @property
     def template(self) -> str:
         """The kind of notebook that executes this stage."""
+        if self.measure:
+            return "probe"
         if not self.train:
             return "retrieval"
         if self.score:
@@ -109,12 +115,13 @@ class Stage:
     def identity(self) -> dict[str, Any]:
         """The resolved values of this stage, for the digest."""
         return {"train": [TASKS[t].identity for t in self.train], "score": [TASKS[t].identity for t in self.score], "recipe": self.recipe.identity,
-                "mixing": self.mixing, "seed": self.seed, "score_splits": self.score_splits, "languages": self.languages, "train_limit": self.train_limit, "score_limit": self.score_limit}
+                "mixing": self.mixing, "seed": self.seed, "score_splits": self.score_splits, "languages": self.languages, "train_limit": self.train_limit, "score_limit": self.score_limit,
+                **({"measure": [TASKS[t].identity for t in self.measure]} if self.measure else {})}
 
     @property
     def slug(self) -> str:
         """A short readable name for paths."""
-        names = self.train or self.score
+        names = self.train or self.score or ("probe",)
         return "+".join(names) if len(names) <= 2 else f"{names[0]}+{len(names) - 1}-more"
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +159,7 @@ class Run:
         begins = len(self.stages) == 1 and BACKBONES[self.backbone].checkpoint is None
         return self.stage.template if begins or self.stage.template != "pretrain" else "intermediate"
 
-# %% ../nbs/09_studies.ipynb #81f3e2b8
+# %% ../nbs/09_studies.ipynb #1a5d34b5
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run's place in a study."""
@@ -173,6 +180,14 @@ class Inapplicable:
     cell: Cell
     reason: str
 
+def lineage(run: Run) -> list[Run]:
+    """A run with its ancestors, the first stage first."""
+    return [replace(run, stages=run.stages[:depth]) for depth in range(1, len(run.stages) + 1)]
+
+def limited(run: Run, train: int | None, score: int | None, languages: tuple[str, ...] = ()) -> Run:
+    """A run on at most so many examples per task and language, and in fewer languages."""
+    return replace(run, stages=tuple(replace(s, train_limit=train or s.train_limit, score_limit=score or s.score_limit, languages=languages or s.languages) for s in run.stages))
+
 def _resolvable(name: str) -> str:
     """A backbone's name in a form that means the same in every folder."""
     path = Path(name).expanduser()
@@ -188,7 +203,7 @@ def _obstacle(cell: Cell) -> str | None:
     asked = [(cell.target, run.stage), *((task, stage) for stage in reversed(run.stages) for task in (*stage.score, *stage.train))]
     return next((reason for task, stage in asked if (reason := unsuitable(BACKBONES[run.backbone], TASKS[task], stage.recipe.max_length))), None)
 
-# %% ../nbs/09_studies.ipynb #59460f85
+# %% ../nbs/09_studies.ipynb #cd620df4
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """A question, the runs that answer it, and the comparisons that will be made."""
@@ -202,6 +217,10 @@ class Study:
     reference_seconds: Mapping[str, float] = field(default_factory=dict)  # template -> seconds of one run on one core of the machine that the note names
     inapplicable: tuple[Inapplicable, ...] = ()  # cells that the backbone cannot do; they are moved here from `cells`
     instead_of: tuple[str, ...] = ()  # the declared backbones, where another has taken their place
+    baselines: tuple[str, ...] = ("none",)  # arms without intermediate training; what a trained arm differs from one of them is its gain
+    factors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # arm -> the values of what the study varies, such as family, parameters or schedule
+    probes: tuple[Cell, ...] = ()  # runs that measure how arms relate to tasks; their target is ""
+    claims: tuple[str, ...] = ()  # of the claims ledger, those that this study bears on
 
     def __post_init__(self) -> None:
         """Set aside what the backbone cannot do.
@@ -221,6 +240,11 @@ class Study:
         return (*self.cells, *(i.cell for i in self.inapplicable))
 
     @property
+    def gains(self) -> tuple[Contrast, ...]:
+        """The contrasts of a trained arm with an untrained one; the others compare two trained arms, or two backbones."""
+        return tuple(c for c in self.contrasts if c.baseline in self.baselines and c.treatment not in self.baselines)
+
+    @property
     def backbones(self) -> tuple[str, ...]:
         """The names of the study's backbones."""
         return tuple(dict.fromkeys(BACKBONES[cell.run.backbone].name for cell in self.declared))
@@ -228,10 +252,8 @@ class Study:
     def plan(self) -> list[Run]:
         """Every run with its ancestors, once, parents first."""
         ordered: dict[str, Run] = {}
-        for cell in self.cells:
-            stages = cell.run.stages
-            for depth in range(1, len(stages) + 1):
-                run = replace(cell.run, stages=stages[:depth])
+        for cell in (*self.cells, *self.probes):
+            for run in lineage(cell.run):
                 ordered.setdefault(run.digest, run)
         return sorted(ordered.values(), key=lambda run: len(run.stages))
 
@@ -245,16 +267,13 @@ class Study:
 
         Raises: XtransferError for a limit below 1, or a language that a target of the study lacks.
         """
-        def limited(run: Run) -> Run:
-            return replace(run, stages=tuple(replace(s, train_limit=train or s.train_limit, score_limit=score or s.score_limit, languages=languages or s.languages) for s in run.stages))
-        if min(limit for limit in (train, score, 1) if limit is not None) < 1:
-            raise XtransferError("limits are numbers of examples, 1 or more.")
-        _check_languages(self, languages)
-        return self.with_runs(limited)
+        _check_limits(self, train, score, languages)
+        return self.with_runs(lambda run: limited(run, train, score, languages))
 
     def with_runs(self, change: Callable[[Run], Run]) -> "Study":
         """The same study with every run changed; what can be done is found anew."""
-        return replace(self, cells=tuple(replace(cell, run=change(cell.run)) for cell in self.declared), inapplicable=())
+        changed, probes = (tuple(replace(cell, run=change(cell.run)) for cell in cells) for cells in (self.declared, self.probes))
+        return replace(self, cells=changed, probes=probes, inapplicable=())
 
     def with_backbone(
         self,
@@ -271,9 +290,11 @@ class Study:
         instead_of = self.instead_of or self.backbones
         return replace(self.with_runs(lambda run: Run(backbone=chosen, stages=run.stages[dropped:])), instead_of=instead_of, reference_seconds={})
 
-# %% ../nbs/09_studies.ipynb #85b8b8fc
-def _check_languages(study: Study, languages: Sequence[str]) -> None:
-    """Refuse a language that no target of a study has."""
+# %% ../nbs/09_studies.ipynb #9ff444db
+def _check_limits(study: Study, train: int | None, score: int | None, languages: Sequence[str]) -> None:
+    """Refuse a limit below 1, and a language that no target of a study has."""
+    if min(limit for limit in (train, score, 1) if limit is not None) < 1:
+        raise XtransferError("limits are numbers of examples, 1 or more.")
     known = dict.fromkeys(code for cell in study.declared for task in cell.run.stage.score for code in TASKS[task].languages)
     for code in languages:
         if code not in known:
@@ -324,7 +345,7 @@ class StudyDeclaration:
 
 STUDIES: Registry[StudyDeclaration] = Registry("study")
 
-# %% ../nbs/09_studies.ipynb #09a6e251
+# %% ../nbs/09_studies.ipynb #18d5b0d3
 def intermediate_cells(
     backbone: str,  # name in BACKBONES, hub id, or folder of a checkpoint
     arms: Mapping[str, tuple[Stage, ...]],  # arm -> the stages between the start and the target, for seed 0; () is the baseline
@@ -333,7 +354,7 @@ def intermediate_cells(
     seeds: Sequence[int],
     pretraining: Stage | None = None,  # the first stage when the backbone starts from random weights
     retrieval_recipe: Recipe | None = None,  # its max_length is used; required with `untrained`
-    exceptions: Mapping[str, Mapping[str, Any]] | None = None,  # target -> fields of its Stage that differ, such as score_splits or languages
+    exceptions: Mapping[str, Mapping[str, Any]] | None = None,  # target -> fields of its Stage that differ, such as score_splits, or the tasks that are trained together with it
     preparations: Mapping[str, tuple[Stage, ...]] | None = None,  # target, trained or not -> stages between the arm and it
 ) -> tuple[Cell, ...]:
     """Every combination of arm, target and seed as a run.
@@ -351,8 +372,8 @@ def intermediate_cells(
     for target in (*targets, *untrained):
         same = [TASKS[target].trains_on, targets.get(target), exceptions.get(target, {}), preparations.get(target, ())]
         shared.setdefault(digest(same), []).append(target)
-    lasts = {together[0]: Stage(train=(TASKS[together[0]].trains_on,) if together[0] in targets else (), score=tuple(together), recipe=targets.get(together[0]) or retrieval_recipe, seed=0,
-                                **exceptions.get(together[0], {})) for together in shared.values()}
+    lasts = {together[0]: Stage(**{"train": (TASKS[together[0]].trains_on,) if together[0] in targets else (), "score": tuple(together), "recipe": targets.get(together[0]) or retrieval_recipe, "seed": 0}
+                                | exceptions.get(together[0], {})) for together in shared.values()}
     trained = {digest([last.train, last.recipe]): last for first, last in lasts.items() if last.train and first not in preparations}
     cells = []
     for (arm, stages), seed, together in product(arms.items(), seeds, shared.values()):

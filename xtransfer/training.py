@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Sampler', 'learning_rate', 'set_up', 'make_optimizer', 'Progress', 'trained_tensors', 'load_trained', 'save_state',
-           'load_state', 'TrainingLog', 'StepBar', 'Fitted', 'fit']
+           'load_state', 'TrainingLog', 'StepBar', 'evaluation_steps', 'averaged_steps', 'average_tensors', 'Fitted',
+           'fit']
 
-# %% ../nbs/17_training.ipynb #9da170c1
+# %% ../nbs/17_training.ipynb #2f887c83
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from .adapters import add_adapters, arithmetic, use_checkpointing
 from .core import XtransferError, derive_seed, read_json, write_json
 from .encoding import Encoded, make_batch
+from .gradients import TaskGradients, draw_shares, mean_cosines, new_agreement, recent_cosines
 from .modeling import StageModel
 from .objectives import Corruption
 from .perturbation import perturbed
@@ -33,9 +35,9 @@ from .ranks import Ranks, meet, shard_like, whole_tensors
 from .studies import Mixing, Recipe
 from .tasks import PRETRAINING_FORMATS
 
-# %% ../nbs/17_training.ipynb #4c1bf921
+# %% ../nbs/17_training.ipynb #d3150565
 class Sampler:
-    """The task and the examples of every step, as functions of the seed."""
+    """The tasks and the examples of every step, as functions of the seed."""
 
     def __init__(
         self,
@@ -46,24 +48,29 @@ class Sampler:
     ) -> None:
         self.tasks, self.sizes, self.batch_size, self.seed = list(sizes), dict(sizes), recipe.batch_size, seed
         self.steps = recipe.max_steps or max(1, math.ceil(sum(sizes.values()) * recipe.epochs / recipe.batch_size))
-        rng = np.random.default_rng(derive_seed(seed, "mixture"))
-        self.task_of_step = rng.choice(len(sizes), size=self.steps, p=mixing.probabilities(list(sizes.values())))
-        drawn = self.task_of_step[:, None] == np.arange(len(sizes))
-        self._before = (np.cumsum(drawn, axis=0) - drawn)[np.arange(self.steps), self.task_of_step]
+        probabilities = mixing.probabilities(list(sizes.values()))
+        if recipe.gradients == "one_task":
+            drawn = np.random.default_rng(derive_seed(seed, "mixture")).choice(len(sizes), size=self.steps, p=probabilities)
+            self.shares = (drawn[:, None] == np.arange(len(sizes))) * recipe.batch_size  # examples of each task in each step, [steps, tasks]
+        else:
+            self.shares = draw_shares(recipe.batch_size, probabilities, self.steps, seed)
+        self._before = np.cumsum(self.shares, axis=0) - self.shares
         self._order = lru_cache(maxsize=2 * len(sizes))(self._order_of_epoch)
 
     def _order_of_epoch(self, task: str, epoch: int) -> np.ndarray:
         return np.random.default_rng(derive_seed(self.seed, "order", task, epoch)).permutation(self.sizes[task])
 
-    def examples(
+    def parts(
         self,
         step: int,  # 0 .. steps - 1
-    ) -> tuple[str, np.ndarray]:  # task, int64 example numbers [batch_size]
+    ) -> list[tuple[str, np.ndarray]]:  # tasks with their int64 example numbers, batch_size in all
         """What a step trains on."""
-        task = self.tasks[self.task_of_step[step]]
-        size = self.sizes[task]
-        positions = self._before[step] * self.batch_size + np.arange(self.batch_size)
-        return task, np.array([self._order(task, p // size)[p % size] for p in positions.tolist()])
+        found = []
+        for i in np.flatnonzero(self.shares[step]).tolist():
+            task, size = self.tasks[i], self.sizes[self.tasks[i]]
+            positions = self._before[step, i] + np.arange(self.shares[step, i])
+            found.append((task, np.array([self._order(task, p // size)[p % size] for p in positions.tolist()])))
+        return found
 
 # %% ../nbs/17_training.ipynb #d9b7fafc
 def learning_rate(
@@ -90,7 +97,7 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay}, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, eps=recipe.adam_epsilon, fused=True)
 
-# %% ../nbs/17_training.ipynb #1ca40dac
+# %% ../nbs/17_training.ipynb #ad6689fc
 @dataclass(kw_only=True)
 class Progress:
     """Everything about a training that has a history, apart from tensors."""
@@ -102,6 +109,7 @@ class Progress:
     dev: list[dict[str, Any]] = field(default_factory=list)  # one entry per evaluation: step, mean, per task
     loss_sum: float = 0.0  # since the last line of the log
     loss_count: int = 0
+    agreement: list[dict[str, Any]] = field(default_factory=list)  # of the tasks' gradients, see new_agreement
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What training changes: every weight that is not frozen, once, and buffers."""
@@ -177,7 +185,7 @@ def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
         raise XtransferError(f"the training state {states[-1]} cannot be used ({str(error).splitlines()[0]}); delete that folder to train this stage again.") from error
     return progress
 
-# %% ../nbs/17_training.ipynb #52359a6f
+# %% ../nbs/17_training.ipynb #de2e2122
 class TrainingLog:
     """A JSONL file of losses and development scores."""
 
@@ -199,10 +207,10 @@ class TrainingLog:
 class StepBar:
     """A line that says how far a stage is and how long it will take; replaces itself in a notebook, and is a tqdm bar elsewhere."""
 
-    def __init__(self, steps: int, done: int, shown: bool = True) -> None:
+    def __init__(self, steps: int, done: int, shown: bool = True, label: str = "") -> None:
         from IPython import get_ipython
 
-        self.steps, self.begun, self.first, self.shown = steps, time.monotonic(), done, 0.0
+        self.label, self.steps, self.begun, self.first, self.shown = label, steps, time.monotonic(), done, 0.0
         shell = get_ipython()
         self._display = self._bar = None
         if shell is not None and hasattr(shell, "kernel"):
@@ -210,7 +218,7 @@ class StepBar:
             self._display = display("starting", display_id=True)
         else:
             from tqdm import tqdm
-            self._bar = tqdm(total=steps, initial=done, unit="step", mininterval=1.0, leave=False, **({} if shown else {"disable": True}))
+            self._bar = tqdm(desc=label or None, total=steps, initial=done, unit="step", mininterval=1.0, leave=False, **({} if shown else {"disable": True}))
 
     def update(self, step: int, loss: float | None = None) -> None:
         """Show the state after a step, at most once a second."""
@@ -220,52 +228,146 @@ class StepBar:
         elif now - self.shown > 1 or step == self.steps:
             self.shown, spent = now, now - self.begun
             left = spent / max(1, step - self.first) * (self.steps - step)
-            text = f"step {step} of {self.steps}" + (f", loss {loss:.3f}" if loss is not None else "") + (f", about {left:.0f} s left" if step < self.steps else f", {spent:.0f} s")
+            text = (f"{self.label}: " if self.label else "") + f"step {step} of {self.steps}" + (f", loss {loss:.3f}" if loss is not None else "") + (f", about {left:.0f} s left" if step < self.steps else f", {spent:.0f} s")
             self._display.update({"text/plain": text}, raw=True)
 
-# %% ../nbs/17_training.ipynb #4363e48d
+# %% ../nbs/17_training.ipynb #0a561b95
+def evaluation_steps(
+    steps: int,  # updates of the training
+    recipe: Recipe,  # evaluations
+) -> list[int]:  # ascending, the last one is `steps`
+    """The updates after which English dev is scored."""
+    count = max(1, recipe.evaluations)
+    return sorted({round(steps * (k + 1) / count) for k in range(count)} - {0})
+
+def averaged_steps(
+    steps: int,  # updates of the training
+    recipe: Recipe,  # average_checkpoints, selection
+) -> tuple[int, ...]:  # ascending; () where no average was asked for
+    """The evaluations whose weights are averaged.
+
+    Raises: XtransferError when the recipe asks for an average that cannot be.
+    """
+    asked, found = recipe.average_checkpoints, evaluation_steps(steps, recipe)
+    if not 0 <= asked <= len(found):
+        raise XtransferError(f"recipe {recipe.name} averages the weights at {asked} evaluations (average_checkpoints), but {steps} updates are evaluated {len(found)} times.")
+    if recipe.selection == "average" and not asked:
+        raise XtransferError(f"recipe {recipe.name} has the selection 'average' and average_checkpoints 0; say how many of the last evaluations are averaged.")
+    if asked and recipe.lora_rank:
+        raise XtransferError(f"recipe {recipe.name} averages checkpoints of adapters; an adapter is a product of two matrices, and their averages do not make the average of the products. Leave out average_checkpoints or lora_rank.")
+    return tuple(found[len(found) - asked:])
+
+def average_tensors(
+    models: Iterable[Mapping[str, torch.Tensor]],  # the same names and shapes in all
+) -> dict[str, torch.Tensor]:
+    """The mean of several models' weights; of what is not a real number, the last one's value."""
+    total: dict[str, torch.Tensor] = {}
+    for count, model in enumerate(models, 1):
+        total = {name: value.double() + total.get(name, 0.0) if value.is_floating_point() else value for name, value in model.items()}
+        kinds = {name: value.dtype for name, value in model.items()}
+    return {name: (value / count).to(kinds[name]) if value.is_floating_point() else value for name, value in total.items()}
+
+# %% ../nbs/17_training.ipynb #707529bb
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
     """What a training came to."""
     progress: Progress
     steps: int
-    folder: Path  # holds best-*.safetensors
+    folder: Path  # holds best-*.safetensors and average-*.safetensors
+    averaged: tuple[int, ...] = ()  # evaluations whose weights are averaged
 
     @property
     def facts(self) -> dict[str, Any]:
         """The record's entry about this training."""
-        p = self.progress
-        return {"steps": self.steps, "tokens": p.tokens, "best_step": p.best_step, "best_dev": p.best_dev, "last_dev": p.dev[-1]["mean"], "dev": p.dev}
+        p, cosines = self.progress, mean_cosines(self.progress.agreement)
+        return {"steps": self.steps, "tokens": p.tokens, "best_step": p.best_step, "best_dev": p.best_dev, "last_dev": p.dev[-1]["mean"], "dev": p.dev,
+                **({"gradient_cosines": cosines} if cosines else {}), **({"averaged_steps": list(self.averaged)} if self.averaged else {})}
+
+    @property
+    def selections(self) -> tuple[str, ...]:
+        """The weights that there are: "best", "last" and perhaps "average"."""
+        return ("best", "last", "average") if self.averaged else ("best", "last")
+
+    @property
+    def last_is_best(self) -> bool:
+        """Whether "best" and "last" are the same weights."""
+        return self.progress.best_step == self.steps
+
+    def weights(self, selection: str) -> dict[str, torch.Tensor]:
+        """What training changed, in one of the selections."""
+        if selection == "average":
+            return average_tensors(load_file(self.folder / f"average-{step:08d}.safetensors") for step in self.averaged)
+        if selection == "best":
+            return load_file(self.folder / f"best-{self.progress.best_step:08d}.safetensors")
+        stored = load_file(self.folder / f"state-{self.steps:08d}" / "tensors.safetensors")
+        return {k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")}
 
     def load(self, model: StageModel, selection: str) -> None:
-        """Give the model its "best" or "last" weights."""
-        name = {"best": f"best-{self.progress.best_step:08d}.safetensors", "last": f"state-{self.steps:08d}/tensors.safetensors"}[selection]
-        stored = load_file(self.folder / name)
-        load_trained(model, {k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")} if selection == "last" else stored)
+        """Give the model the weights of a selection."""
+        load_trained(model, self.weights(selection))
 
-# %% ../nbs/17_training.ipynb #833dbcc7
-def _score(model: StageModel, score_dev: Callable[[], Mapping[str, float]], recipe: Recipe, progress: Progress, folder: Path, log: TrainingLog, ranks: Ranks) -> None:
-    """Score English dev and keep the weights when they are the best so far; supervised tasks decide where there are any."""
+# %% ../nbs/17_training.ipynb #50cbc287
+@dataclass(frozen=True, kw_only=True)
+class _Updates:
+    """What the gradients of all updates are computed from."""
+    model: StageModel
+    together: torch.nn.Module  # the model as Accelerate wraps it
+    data: Mapping[str, Encoded]
+    recipe: Recipe
+    seed: int
+    corrupt: Corruption | None
+    ranks: Ranks
+    gradients: TaskGradients
+
+    def backward(
+        self,
+        parts: Sequence[tuple[str, np.ndarray]],  # tasks and their examples
+        step: int,
+        agreement: list[dict[str, Any]],  # of the tasks' gradients; changed
+    ) -> tuple[dict[str, torch.Tensor], int]:  # the tasks' losses, which add up to that of the update; real tokens
+        """Leave the gradient of one update."""
+        losses, tokens, accelerator = {}, 0, self.ranks.accelerator
+        for task, examples in parts:
+            batch = make_batch(self.data[task], examples)
+            if self.model.formats[task] == "masked_lm":
+                batch = self.corrupt(batch, derive_seed(self.seed, "mask", step))
+            share, weight = self.ranks.share(batch, self.data[task], self.model.formats[task], self.seed, step)
+            share = share.to(accelerator.device)
+            with arithmetic(self.recipe, accelerator.device), perturbed(self.model, share, task, self.recipe, derive_seed(self.seed, "perturbation", step)):
+                loss, _ = self.together(share, task)
+            loss = loss * (weight * len(examples) / self.recipe.batch_size) if weight else loss.nan_to_num() * 0.0
+            accelerator.backward(loss)
+            self.gradients.take()
+            losses[task], tokens = loss.detach(), tokens + sum(batch.lengths)
+        self.gradients.give(agreement, step)
+        return losses, tokens
+
+# %% ../nbs/17_training.ipynb #e9d337d3
+def _score(updates: _Updates, score_dev: Callable[[], Mapping[str, float]], progress: Progress, folder: Path, log: TrainingLog, deciding: Sequence[str], averaged: Sequence[int]) -> None:
+    """Score English dev and keep the weights when they are the best so far, or will be averaged; the deciding tasks decide, or supervised ones where there are any."""
+    model, ranks = updates.model, updates.ranks
     model.eval()
-    with arithmetic(recipe, model.encoder.device):
+    with arithmetic(updates.recipe, model.encoder.device):
         scores = ranks.scores(model, score_dev)
     model.train()
-    deciding = [v for t, v in scores.items() if model.formats[t] not in PRETRAINING_FORMATS] or list(scores.values())
-    mean = sum(deciding) / len(deciding)
+    counted = [v for t, v in scores.items() if t in deciding] or [v for t, v in scores.items() if model.formats[t] not in PRETRAINING_FORMATS] or list(scores.values())
+    mean = sum(counted) / len(counted)
     progress.dev.append({"step": progress.step, "mean": mean, "tasks": scores})
     log.write(step=progress.step, dev=mean, tasks=scores)
+    kept = ["average"] if progress.step in averaged else []
     if mean > progress.best_dev:
-        progress.best_dev, progress.best_step = mean, progress.step
-        tensors = whole_tensors(trained_tensors(model), ranks.first)
-        if not ranks.first:
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, folder / f"best-{progress.step:08d}.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise XtransferError(f"cannot write the best weights to {folder}: {error}; the last complete state is untouched.") from error
+        progress.best_dev, progress.best_step, kept = mean, progress.step, ["best", *kept]
+    tensors = whole_tensors(trained_tensors(model), ranks.first) if kept else {}
+    if not ranks.first:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for selection in kept:
+            save_file(tensors, folder / f"{selection}-{progress.step:08d}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise XtransferError(f"cannot write the weights of an evaluation to {folder}: {error}; the last complete state is untouched.") from error
 
-# %% ../nbs/17_training.ipynb #61892f6c
+# %% ../nbs/17_training.ipynb #5ec3607a
 def fit(
     model: StageModel,
     data: Mapping[str, Encoded],  # encoded training examples of each task
@@ -277,55 +379,51 @@ def fit(
     corrupt: Corruption | None = None,  # makes text something to predict; needed for masked_lm
     save_seconds: float = 30.0,
     ranks: Ranks | None = None,  # the processes that train together; None: this one alone
+    deciding: Sequence[str] = (),  # tasks whose development scores choose the best weights; (): all supervised ones
+    label: str = "",  # shown beside the progress
 ) -> Fitted:
     """Train a model on a mixture of tasks, from the last saved state if there is one.
 
-    Raises: XtransferError when the loss is not finite, a state is damaged or the disk is full.
+    Raises: XtransferError when the loss is not finite, a state is damaged or the disk is full, or the recipe asks for what cannot be.
     """
     folder = Path(folder)
     sampler = Sampler({task: encoded.examples for task, encoded in data.items()}, recipe, mixing, seed)
+    evaluated_at, averaged = evaluation_steps(sampler.steps, recipe), averaged_steps(sampler.steps, recipe)
     set_up(model, recipe, seed)
     torch.manual_seed(derive_seed(seed, "dropout"))
     ranks = ranks or meet()
-    accelerator = ranks.accelerator
     together, optimizer = ranks.prepare(model, make_optimizer(model, recipe), recipe)
+    updates = _Updates(model=model, together=together, data=data, recipe=recipe, seed=seed, corrupt=corrupt, ranks=ranks, gradients=TaskGradients(model, recipe, seed))
     progress = load_state(folder, model, optimizer)
-    log, bar = TrainingLog(folder / "log.jsonl" if ranks.first else Path(os.devnull), progress.step), StepBar(sampler.steps, progress.step, ranks.first)
-    evaluated_at = {round(sampler.steps * (k + 1) / max(1, recipe.evaluations)) for k in range(max(1, recipe.evaluations))}
+    progress.agreement = progress.agreement or (new_agreement(sampler.tasks) if updates.gradients.apart else [])
+    log, bar = TrainingLog(folder / "log.jsonl" if ranks.first else Path(os.devnull), progress.step), StepBar(sampler.steps, progress.step, ranks.first, label)
     log_every, begun, saved = max(1, sampler.steps // 100), time.monotonic() - progress.seconds, time.monotonic()
     model.train()
     while progress.step < sampler.steps:
         step = progress.step
-        task, examples = sampler.examples(step)
-        batch = make_batch(data[task], examples)
-        if model.formats[task] == "masked_lm":
-            batch = corrupt(batch, derive_seed(seed, "mask", step))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, sampler.steps, recipe)
-        share, weight = ranks.share(batch, data[task], model.formats[task], seed, step)
-        share = share.to(accelerator.device)
-        with arithmetic(recipe, accelerator.device), perturbed(model, share, task, recipe, derive_seed(seed, "perturbation", step)):
-            loss, _ = together(share, task)
-        loss = loss * weight if weight else loss.nan_to_num() * 0.0
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        losses, tokens = updates.backward(sampler.parts(step), step, progress.agreement)
+        ranks.accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-        value, late = ranks.agree(loss.item(), time.monotonic() - saved > save_seconds)
-        progress.step, progress.tokens = step + 1, progress.tokens + sum(batch.lengths)
+        value, late = ranks.agree(sum(loss.item() for loss in losses.values()), time.monotonic() - saved > save_seconds)
+        progress.step, progress.tokens = step + 1, progress.tokens + tokens
         progress.loss_sum, progress.loss_count = progress.loss_sum + value, progress.loss_count + 1
         if not math.isfinite(progress.loss_sum):
+            task = next((t for t, loss in losses.items() if not math.isfinite(loss.item())), list(losses)[-1])
             raise XtransferError(f"the loss of task {task} is not finite at step {step + 1} of {sampler.steps}; lower the learning rate ({recipe.learning_rate}) or look at the data.")
         if progress.step % log_every == 0 or progress.step == sampler.steps:
-            log.write(step=progress.step, loss=progress.loss_sum / progress.loss_count, learning_rate=optimizer.param_groups[0]["lr"], tokens=progress.tokens)
+            cosines = recent_cosines(progress.agreement)
+            log.write(step=progress.step, loss=progress.loss_sum / progress.loss_count, learning_rate=optimizer.param_groups[0]["lr"], tokens=progress.tokens, **({"gradient_cosines": cosines} if cosines else {}))
             bar.update(progress.step, progress.loss_sum / progress.loss_count)
             progress.loss_sum, progress.loss_count = 0.0, 0
         due = progress.step in evaluated_at
         if due:
-            _score(model, score_dev, recipe, progress, folder, log, ranks)
+            _score(updates, score_dev, progress, folder, log, deciding, averaged)
         progress.seconds = time.monotonic() - begun
         if due or late:
             save_state(folder, model, optimizer, progress, ranks.first)
             saved = time.monotonic()
-    return Fitted(progress=progress, steps=sampler.steps, folder=folder)
+    return Fitted(progress=progress, steps=sampler.steps, folder=folder, averaged=averaged)

@@ -276,15 +276,15 @@ def _verb_group(clause: Clause, typology: Typology, plural: bool, passive: bool)
         return group
     return [*group, be] if typology.order == "SOV" else [be, *group]
 
-# %% ../nbs/04_world.ipynb #f8e6bc7c
+# %% ../nbs/04_world.ipynb #97714e9e
 def say(
     clause: Clause,
-    language: str,  # code of the world
+    language: str | Typology,  # code of the world, or a language's parameters, changed or not
     passive: bool = False,  # the patient becomes the subject, where there is one
     fronted: bool = False,  # time, or else place, comes first
 ) -> list[Word]:
     """Say a clause in a language; the last word is the full stop or the question mark."""
-    typology = TYPOLOGIES[language]
+    typology = language if isinstance(language, Typology) else TYPOLOGIES[language]
     copula = clause.verb == "be"
     passive = passive and clause.patient is not None and not copula
     subject_slot = "patient" if passive else "agent"

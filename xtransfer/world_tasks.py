@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'DIFFICULTIES', 'CORPUS_MIX', 'CODE_SWITCHED_ROWS', 'CODE_SWITCHED_WORDS', 'CONTEXT_SENTENCES',
-           'UNANSWERABLE', 'PROPERTY_SHARE', 'NLI_LABELS', 'Pair', 'ASKS', 'Quiz', 'Choice', 'SUPERTAGS', 'POS_TAGS',
-           'NER_TAGS', 'WORLD_TASKS', 'inferences', 'paraphrases', 'quizzes', 'choices', 'sentences', 'pools', 'corpus',
-           'captions', 'world_rows', 'world_source']
+           'UNANSWERABLE', 'PROPERTY_SHARE', 'ENGLISH_TASKS', 'NLI_LABELS', 'Pair', 'ASKS', 'Quiz', 'Choice',
+           'SUPERTAGS', 'POS_TAGS', 'NER_TAGS', 'DRAWN', 'WORLD_TASKS', 'task_editor', 'draw_inference', 'inferences',
+           'paraphrases', 'draw_quiz', 'quizzes', 'say_quiz', 'draw_choice', 'choices', 'say_option', 'supertag',
+           'draw_sentence', 'sentences', 'pools', 'corpus', 'captions', 'say_row', 'world_rows', 'world_source']
 
-# %% ../nbs/07_world_tasks.ipynb #2f23a77f
+# %% ../nbs/07_world_tasks.ipynb #02dc7f90
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +17,12 @@ from functools import lru_cache, partial
 from typing import Any
 
 from .core import derive_seed, digest
-from .tasks import (
-    TASKS, Row, Source, Task, choices_nested, mining_side, plain_text, sentence_pair, squad_columns, tagging, text_pair)
-from .world import (
-    ANTONYM, COLOURS, NOUNS, TYPOLOGIES, WORLD_LANGUAGES, WORLD_SEED, Clause, Entity, Word, text_of)
-from .world_meanings import (
-    CLASS_OF, DIFFICULTY, HABITS, THINGS, Difficulty, Editor, Utterance, canonical, covers, deep_slot, relation)
+from .tasks import TASKS, Row, Source, Task, choices_nested, mining_side, plain_text, sentence_pair, squad_columns, tagging, text_pair
+from .world import ANTONYM, COLOURS, NOUNS, TYPOLOGIES, WORLD_LANGUAGES, WORLD_SEED, Clause, Entity, Word, text_of
+from .world_meanings import CLASS_OF, DIFFICULTY, HABITS, THINGS, Difficulty, Editor, Utterance, canonical, covers, deep_slot, relation
 from .world_images import CAPTIONS, describe, render
 
-# %% ../nbs/07_world_tasks.ipynb #b82cb65c
+# %% ../nbs/07_world_tasks.ipynb #595d2e8d
 SIZES: Mapping[str, Mapping[str, int]] = {  # examples; for targets, dev and test are per language
     "world_text": {"train": 32000, "dev": 1600}, "world_captions": {"train": 32000, "dev": 1600},  # of all languages together
     "world_mnli": {"train": 8000, "dev": 400}, "world_squad2": {"train": 8000, "dev": 400},
@@ -38,20 +36,20 @@ DIFFICULTIES: Mapping[str, Difficulty] = {  # tasks whose sentences differ from 
     "world_panx": Difficulty(named=0.6), "world_xquad": Difficulty(hypernym=0.0), "world_squad2": Difficulty(hypernym=0.0),
     "world_pawsx": Difficulty(negated=0.15, role_swap=0.7), "world_captions": Difficulty(negated=0.15),
 }
-CORPUS_MIX: Mapping[str, float] = {  # kinds of rows of world_text, shares
-    "translation": 0.55, "story": 0.13, "restatement": 0.11, "question": 0.11, "knowledge": 0.10,
-}
+CORPUS_MIX: Mapping[str, float] = {"translation": 0.55, "story": 0.13, "restatement": 0.11, "question": 0.11, "knowledge": 0.10}  # kinds of rows of world_text, shares
 CODE_SWITCHED_ROWS, CODE_SWITCHED_WORDS = 0.3, 0.3  # share of rows without translation; of content words in them
 CONTEXT_SENTENCES = (2, 3)  # fewest and most events in the context of a question
 UNANSWERABLE = 1 / 3  # of the questions of world_squad2
 PROPERTY_SHARE = 0.25  # of the inferences: about an adjective instead of an event
 
-def _editor(task: str, split: str) -> Editor:
-    """The editor of one split of one task, in the zone that it may draw from."""
-    group = "corpus" if task in ("world_text", "world_captions") else "intermediate" if task in ("world_mnli", "world_squad2", "world_csqa", "world_ccg") else "target"
-    return Editor(derive_seed(WORLD_SEED, task, split), f"{group}/{split}", DIFFICULTIES.get(task, DIFFICULTY))
+ENGLISH_TASKS = ("world_mnli", "world_squad2", "world_csqa", "world_ccg")  # tasks with a large English training set
 
-# %% ../nbs/07_world_tasks.ipynb #95b5b1bc
+def task_editor(task: str, split: str, *stream: str) -> Editor:
+    """The editor of one split of one task, in the zone that it may draw from; another stream is another sequence of draws."""
+    group = "corpus" if task in ("world_text", "world_captions") else "intermediate" if task in ENGLISH_TASKS else "target"
+    return Editor(derive_seed(WORLD_SEED, task, split, *stream), f"{group}/{split}", DIFFICULTIES.get(task, DIFFICULTY))
+
+# %% ../nbs/07_world_tasks.ipynb #994d6184
 NLI_LABELS = ("entailment", "neutral", "contradiction")
 Pair = tuple[Utterance, Utterance, str]
 
@@ -85,21 +83,23 @@ def _property_inference(editor: Editor, label: str) -> Pair:
     has = {"entailment": ANTONYM[quality] if negated else quality, "contradiction": quality if negated else ANTONYM[quality],
            "neutral": rng.choice([c for c in (*COLOURS, "") if c])}[label]
     elsewhere = rng.choice((quality, ANTONYM[quality])) if label == "neutral" else rng.choice((*COLOURS, quality, ANTONYM[quality]))
-    premise = event._replace(**{slot: getattr(event, slot)._replace(adjective=has),
-                                rival: getattr(event, rival)._replace(adjective=elsewhere)})
+    premise = event._replace(**{slot: getattr(event, slot)._replace(adjective=has), rival: getattr(event, rival)._replace(adjective=elsewhere)})
     bearer = Entity(getattr(event, slot).noun)
     return editor.utter(premise), Utterance(Clause("be", bearer, Entity("", quality), negated=negated)), label
+
+def draw_inference(editor: Editor, number: int) -> Pair:
+    """A premise, a hypothesis and their label; the labels take turns."""
+    return (_property_inference, _event_inference)[editor.rng.random() >= PROPERTY_SHARE](editor, NLI_LABELS[number % 3])
 
 @lru_cache(maxsize=None)
 def inferences(task: str, split: str) -> list[Pair]:
     """Premise, hypothesis and label of every example of a split, labels in equal numbers."""
-    editor, size = _editor(task, split), SIZES[task][split]
-    draw = (_property_inference, _event_inference)
-    pairs = [draw[editor.rng.random() >= PROPERTY_SHARE](editor, NLI_LABELS[i % 3]) for i in range(size)]
+    editor = task_editor(task, split)
+    pairs = [draw_inference(editor, i) for i in range(SIZES[task][split])]
     editor.rng.shuffle(pairs)
     return pairs
 
-# %% ../nbs/07_world_tasks.ipynb #05f9c2c9
+# %% ../nbs/07_world_tasks.ipynb #9cd993f7
 def _paraphrase(editor: Editor, same: bool) -> Pair:
     """Two sentences that say the same, or two that only look alike."""
     while True:
@@ -115,7 +115,7 @@ def _paraphrase(editor: Editor, same: bool) -> Pair:
 @lru_cache(maxsize=None)
 def paraphrases(task: str, split: str) -> list[Pair]:
     """Two sentences and the label "1" (same meaning) or "0"; half of each."""
-    editor = _editor(task, split)
+    editor = task_editor(task, split)
     pairs = []
     for i in range(SIZES[task][split]):
         pair = _paraphrase(editor, bool(i % 2))
@@ -125,7 +125,7 @@ def paraphrases(task: str, split: str) -> list[Pair]:
     editor.rng.shuffle(pairs)
     return pairs
 
-# %% ../nbs/07_world_tasks.ipynb #1b50853e
+# %% ../nbs/07_world_tasks.ipynb #296ec382
 ASKS: Mapping[str, str] = {"agent": "who", "patient": "what", "other": "who", "tool": "what", "place": "where", "time": "when"}
 Quiz = tuple[tuple[Utterance, ...], Utterance, int, str]  # context, question, sentence with the answer (-1: none), its canonical slot
 
@@ -140,7 +140,7 @@ def _answers(question: Clause, slot: str, told: Clause) -> bool:
     """Whether a proposition answers a question about a canonical slot."""
     return not told.negated and bool(getattr(canonical(told), slot)) and covers(question._replace(**{slot: None}), told)
 
-def _quiz(editor: Editor, answerable: bool) -> Quiz:
+def draw_quiz(editor: Editor, answerable: bool) -> Quiz:
     """A context and a question with exactly one answer, or with none."""
     rng = editor.rng
     while True:
@@ -163,10 +163,10 @@ def _quiz(editor: Editor, answerable: bool) -> Quiz:
 @lru_cache(maxsize=None)
 def quizzes(task: str, split: str) -> list[Quiz]:
     """The contexts and questions of a split."""
-    editor, none = _editor(task, split), UNANSWERABLE if task == "world_squad2" else 0.0
-    return [_quiz(editor, editor.rng.random() >= none) for _ in range(SIZES[task][split])]
+    editor, none = task_editor(task, split), UNANSWERABLE if task == "world_squad2" else 0.0
+    return [draw_quiz(editor, editor.rng.random() >= none) for _ in range(SIZES[task][split])]
 
-def _say_quiz(quiz: Quiz, language: str) -> tuple[str, str, str, int]:
+def say_quiz(quiz: Quiz, language: str) -> tuple[str, str, str, int]:
     """Context, question, answer and its offset; no answer: "" and -1."""
     utterances, question, hit, slot = quiz
     context, answer, start = "", "", -1
@@ -180,7 +180,7 @@ def _say_quiz(quiz: Quiz, language: str) -> tuple[str, str, str, int]:
         context += text_of(words)
     return context, question.text(language), answer, start
 
-# %% ../nbs/07_world_tasks.ipynb #912d389f
+# %% ../nbs/07_world_tasks.ipynb #10daa24d
 Choice = tuple[tuple[Utterance, ...], tuple[Any, ...], int]  # what is read, utterances or entities to choose from, the right one
 
 def _known(editor: Editor, kind: str) -> Choice:
@@ -240,28 +240,31 @@ def _consequence(editor: Editor) -> Choice:
     rng.shuffle(options)
     return (editor.utter(fact),), tuple(editor.utter(o) for o in options), options.index(true)
 
+def draw_choice(editor: Editor) -> Choice:
+    """A question of some kind with five choices."""
+    makers = (partial(_known, kind="class"), partial(_known, kind="opposite"), partial(_known, kind="habit"), _possession, _consequence)
+    return editor.rng.choices(makers, (1, 1, 1, 3, 5))[0](editor)
+
 @lru_cache(maxsize=None)
 def choices(task: str, split: str) -> list[Choice]:
     """The questions with five choices of a split."""
-    editor = _editor(task, split)
-    makers = (partial(_known, kind="class"), partial(_known, kind="opposite"), partial(_known, kind="habit"), _possession, _consequence)
-    return [editor.rng.choices(makers, (1, 1, 1, 3, 5))[0](editor) for _ in range(SIZES[task][split])]
+    return list(map(draw_choice, [task_editor(task, split)] * SIZES[task][split]))  # one editor draws them all
 
-# %% ../nbs/07_world_tasks.ipynb #47566839
-def _say_option(option: Utterance | Entity, language: str) -> str:
+# %% ../nbs/07_world_tasks.ipynb #014bcd95
+def say_option(option: Utterance | Entity, language: str) -> str:
     """A choice in a language."""
-    if isinstance(option, Utterance):
+    if not isinstance(option, Entity):
         return option.text(language)
     words = Utterance(Clause("be", option, Entity("", "red"))).words(language)
     return text_of([w for w in words if w.slot == "agent"])
 
-# %% ../nbs/07_world_tasks.ipynb #305b8035
+# %% ../nbs/07_world_tasks.ipynb #fe0df3f4
 _ROLES = ("agent", "patient", "other", "tool", "place", "time", "verb")
 SUPERTAGS = (*(f"N[{r}]" for r in _ROLES[:-1]), *(f"PP/NP[{r}]" for r in _ROLES[:-1]), "NP/N", "N/N", "N/N[num]", "S[adj]", "S[be]", "S[pss]", "S/NP", "S/NP/NP", "S/NP/NP/PP", "S/S", ".")
 POS_TAGS = ("ADJ", "ADP", "ADV", "AUX", "DET", "NOUN", "NUM", "PRON", "PROPN", "PUNCT", "VERB")
 NER_TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
 
-def _supertag(word: Word, utterance: Utterance) -> str:
+def supertag(word: Word, utterance: Utterance) -> str:
     """The category of a word in its sentence."""
     clause, role = utterance.clause, deep_slot(utterance.clause.verb, word.slot)
     fixed = {"DET": "NP/N", "NUM": "N/N[num]", "ADV": "S/S", "PUNCT": ".", "AUX": "S[be]", "ADP": f"PP/NP[{role}]"}
@@ -273,22 +276,24 @@ def _supertag(word: Word, utterance: Utterance) -> str:
         return "S[pss]" if utterance.passive else "S/NP/NP/PP" if clause.other else "S/NP/NP" if clause.patient else "S/NP"
     return f"N[{role}]"
 
+def draw_sentence(editor: Editor) -> Utterance:
+    """An event, or sometimes a statement about a quality."""
+    clause = editor.event()
+    if clause.agent.noun in CLASS_OF and editor.rng.random() < 0.15:
+        clause = Clause("be", clause.agent._replace(adjective=""), Entity("", editor.rng.choice(tuple(ANTONYM))), place=clause.place, negated=clause.negated)
+    return editor.utter(clause)
+
 @lru_cache(maxsize=None)
 def sentences(task: str, split: str) -> list[Utterance]:
-    """Single sentences of a split: events, and some statements about a quality."""
-    editor, made = _editor(task, split), []
-    while len(made) < SIZES[task][split]:
-        clause = editor.event()
-        if clause.agent.noun in CLASS_OF and editor.rng.random() < 0.15:
-            clause = Clause("be", clause.agent._replace(adjective=""), Entity("", editor.rng.choice(tuple(ANTONYM))), place=clause.place, negated=clause.negated)
-        made.append(editor.utter(clause))
-    return made
+    """The single sentences of a split."""
+    editor = task_editor(task, split)
+    return [draw_sentence(editor) for _ in range(SIZES[task][split])]
 
-# %% ../nbs/07_world_tasks.ipynb #b47f65c9
+# %% ../nbs/07_world_tasks.ipynb #85180a2b
 @lru_cache(maxsize=None)
 def pools(task: str, split: str) -> list[Utterance]:
     """Different propositions in groups of three that look alike."""
-    editor, made, seen = _editor(task, split), [], set()
+    editor, made, seen = task_editor(task, split), [], set()
     while len(made) < SIZES[task][split]:
         first = editor.event()
         for clause in (first, editor.near_miss(first), editor.near_miss(first)):
@@ -338,11 +343,11 @@ def _passage(editor: Editor, kind: str) -> list[Utterance]:
         return [editor.utter(first), Utterance(Clause("have", first.other, first.patient._replace(definite=True)))]
     return [editor.utter(fact)] + ([editor.utter(editor.event())] if editor.rng.random() < 0.3 else [])
 
-# %% ../nbs/07_world_tasks.ipynb #c8af8c42
+# %% ../nbs/07_world_tasks.ipynb #26e7d812
 @lru_cache(maxsize=None)
 def corpus(language: str, split: str) -> list[Row]:
     """The rows of world_text in one language; text_pair is a translation or empty."""
-    editor = _editor("world_text", split)
+    editor = task_editor("world_text", split)
     editor.rng.seed(derive_seed(WORLD_SEED, "world_text", language, split))
     rng, rows = editor.rng, []
     others = [c for c in WORLD_LANGUAGES if c != language]
@@ -352,7 +357,7 @@ def corpus(language: str, split: str) -> list[Row]:
         guest = rng.choices(others, shares)[0]
         pair = ""
         if kind == "question":
-            context, question, answer, _ = _say_quiz(_quiz(editor, True), language)
+            context, question, answer, _ = say_quiz(draw_quiz(editor, True), language)
             text = f"{context} {question} {answer}."
         else:
             passage = _passage(editor, kind)
@@ -364,12 +369,12 @@ def corpus(language: str, split: str) -> list[Row]:
         rows.append({"id": f"{language}-{split}-{i}", "text": text, "text_pair": pair})
     return rows
 
-# %% ../nbs/07_world_tasks.ipynb #157a1962
+# %% ../nbs/07_world_tasks.ipynb #15abb28e
 @lru_cache(maxsize=None)
 def captions(split: str) -> Mapping[str, list[Row]]:
     """The rows of world_captions by language."""
     rows: dict[str, list[Row]] = {code: [] for code in WORLD_LANGUAGES}
-    told = describe(_editor("world_captions", split), SIZES["world_captions"][split] // CAPTIONS, {code: t.share for code, t in TYPOLOGIES.items()})
+    told = describe(task_editor("world_captions", split), SIZES["world_captions"][split] // CAPTIONS, {code: t.share for code, t in TYPOLOGIES.items()})
     for i, (picture, language, utterance) in enumerate(told):
         rows[language].append({"id": f"{split}-{picture}-{i % CAPTIONS}", "text": utterance.text(language), "scene": canonical(utterance.clause)})
     return rows
@@ -378,8 +383,8 @@ def _pictured(row: Row) -> dict[str, Any]:
     """A caption with its picture."""
     return {"id": row["id"], "text": row["text"], "image": render(row["scene"])}
 
-# %% ../nbs/07_world_tasks.ipynb #c5f42625
-def _row(task: str, language: str, item: Any) -> dict[str, Any]:
+# %% ../nbs/07_world_tasks.ipynb #b2beb654
+def say_row(task: str, language: str, item: Any) -> dict[str, Any]:
     """One drawn example, said in a language."""
     match task:
         case "world_mnli" | "world_xnli":
@@ -387,24 +392,22 @@ def _row(task: str, language: str, item: Any) -> dict[str, Any]:
         case "world_pawsx":
             return {"sentence1": item[0].text(language), "sentence2": item[1].text(language), "label": item[2]}
         case "world_squad2" | "world_xquad":
-            context, question, answer, start = _say_quiz(item, language)
+            context, question, answer, start = say_quiz(item, language)
             found = {"text": [answer], "answer_start": [start]} if start >= 0 else {"text": [], "answer_start": []}
             return {"title": "world", "context": context, "question": question, "answers": found}
         case "world_csqa":
             read, options, right = item
-            return {"question": " ".join(u.text(language) for u in read), "answerKey": "ABCDE"[right],
-                    "choices": {"label": list("ABCDE"), "text": [_say_option(o, language) for o in options]}}
+            return {"question": " ".join(u.text(language) for u in read), "answerKey": "ABCDE"[right], "choices": {"label": list("ABCDE"), "text": [say_option(o, language) for o in options]}}
         case "world_tatoeba":
             return {"source_sentence": item.text("en"), "target_sentence": item.text(language)}
     words = item.words(language)
-    column, tags = {"world_ccg": ("tags", [_supertag(w, item) for w in words]), "world_udpos": ("pos_tags", [w.tag for w in words]),
+    column, tags = {"world_ccg": ("tags", [supertag(w, item) for w in words]), "world_udpos": ("pos_tags", [w.tag for w in words]),
                     "world_panx": ("ner_tags", [w.name or "O" for w in words])}[task]
     return {"tokens": [w.text for w in words], column: tags}
 
-_DRAW: Mapping[str, Callable[[str, str], Sequence[Any]]] = {
+DRAWN: Mapping[str, Callable[[str, str], Sequence[Any]]] = {
     "world_mnli": inferences, "world_xnli": inferences, "world_pawsx": paraphrases, "world_squad2": quizzes, "world_xquad": quizzes,
-    "world_csqa": choices, "world_ccg": sentences, "world_udpos": sentences, "world_panx": sentences, "world_tatoeba": pools,
-}
+    "world_csqa": choices, "world_ccg": sentences, "world_udpos": sentences, "world_panx": sentences, "world_tatoeba": pools}
 
 @lru_cache(maxsize=None)
 def world_rows(task: str, language: str, split: str) -> Sequence[Row]:
@@ -417,14 +420,12 @@ def world_rows(task: str, language: str, split: str) -> Sequence[Row]:
         return captions(split)[language]
     if task == "world_bucc":
         return _mining(language, split)
-    return [{"id": f"{split}-{i}"} | _row(task, language, item) for i, item in enumerate(_DRAW[task](task, split))]
+    return [{"id": f"{split}-{i}"} | say_row(task, language, item) for i, item in enumerate(DRAWN[task](task, split))]
 
-# %% ../nbs/07_world_tasks.ipynb #93082f71
+# %% ../nbs/07_world_tasks.ipynb #5111caa5
 _SHARED_KNOBS = (DIFFICULTY, CODE_SWITCHED_ROWS, CODE_SWITCHED_WORDS, CONTEXT_SENTENCES, UNANSWERABLE, PROPERTY_SHARE, CORPUS_MIX)
 
-def world_source(
-    name: str,  # a task of the world
-) -> Source:
+def world_source(name: str) -> Source:
     """The source of one task, whose revision is made from the seed and every knob that the task's data depend on."""
     return Source(repo="generated", revision=f"seed-{WORLD_SEED}-{digest([SIZES[name], DIFFICULTIES.get(name), _SHARED_KNOBS], length=8)}", license="Apache-2.0", note="synthetic")
 

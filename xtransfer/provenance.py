@@ -151,7 +151,7 @@ def runs_section(rows: Sequence[Mapping[str, Any]], failures: Mapping[str, str])
     failed = [Table(name="failures", caption="Failed runs.", rows=pd.DataFrame(sorted(failures.items()), columns=["run", "reason"]), formats={"run": "code"})] if failures else []
     return Section(heading="Runs", tables=(*failed, runs))
 
-# %% ../nbs/13j_provenance.ipynb #52623c67
+# %% ../nbs/13j_provenance.ipynb #50e89431
 Notice = tuple[str, str]  # title, text
 
 def _data_notices(data: Sequence[Mapping[str, Any]]) -> list[Notice]:
@@ -161,8 +161,13 @@ def _data_notices(data: Sequence[Mapping[str, Any]]) -> list[Notice]:
         notices.append(("Not the full data", f"Capped: {', '.join(capped)}. Absolute scores are not comparable with results on the full data."))
     if fewer := [f"{d['task']} {d['split']} in {d['languages']} of {len(TASKS[d['task']].languages)}" for d in data if d["split"] in ("dev", "test") and d["languages"] < len(TASKS[d["task"]].languages)]:
         notices.append(("Not all languages", f"Scored: {', '.join(fewer)}. Averages are over these and are not the benchmark's."))
-    if len({d["note"] for d in data}) > 1:  # a note that all data share is the study's own
-        notices.append(("Data that is not the published set", "; ".join(sorted({f"{d['task']} {d['split']}: {d['note']}" for d in data if d["note"]})) + "."))
+    parts = [set(filter(None, d["note"].split("; "))) for d in data]
+    shared, of_note = set.intersection(*parts) if parts else set(), {}  # what all data share is in the study's own note
+    for d, notes in zip(data, parts):
+        for note in sorted(notes - shared):
+            of_note.setdefault(note, {})[d["task"]] = None
+    if of_note:
+        notices.append(("Data that is not the published set", "; ".join(f"{', '.join(tasks)}: {note}" for note, tasks in of_note.items()) + "."))
     return notices
 
 def study_notices(study: Study, records: Mapping[str, Record], missing: Sequence[Run], failures: Mapping[str, str]) -> list[Notice]:

@@ -249,7 +249,7 @@ def variant_rows(study: Study, findings: Findings) -> pd.DataFrame:  # arm, engl
         rows.append({"arm": arm, "english": english, "kind": kind, "gain": row["gain"], "low": row["low"], "high": row["high"], "cells_ahead": int((cells > 0).sum()), "cells": len(cells), "targets_ahead": int((of_targets > 0).sum()), "targets": len(of_targets), "p_sign": p, "seeds": row["n_seeds"]})
     return pd.DataFrame(rows)
 
-# %% ../nbs/13h_stilts_answer.ipynb #18e696ab
+# %% ../nbs/13h_stilts_answer.ipynb #eeb909ee
 def _counts(n: int, noun: str) -> str:
     return f"{number_word(n)} {noun}{'s' * (n != 1)}"
 
@@ -283,7 +283,7 @@ def _arms_section(study: Study, findings: Findings, scores: pd.DataFrame, rows: 
     text = [f"Told from zero after Holm's correction over {number_word(int(rows['p_holm'].notna().sum()))} arms: {listed([f'{row.arm} {interval_words(row._asdict())}' for row in sure.itertuples()]) if len(sure) else 'none'}."] if rows["p_holm"].notna().any() else []
     text += [f"The controls, which are no part of that family: {listed([f'{row.arm} {interval_words(row._asdict())}' for row in own.itertuples()])}."] if len(own) else []
     n = {name: int(rows[name].max()) for name in ("seeds", "languages", "targets")}
-    table = Table(name="arms", caption=f"Zero-shot gain of each arm over no intermediate training, points, with 95 % intervals; {n['targets']} trained targets, {n['languages']} languages, {n['seeds']} seeds.", rows=rows, formats={"gain": ("interval" if n["seeds"] > 1 else "signed") + ":low,high", "p": "p", "p_holm": "p", "missing": "count"},
+    table = Table(name="gains-of-arms", caption=f"Zero-shot gain of each arm over no intermediate training, points, with 95 % intervals; {n['targets']} trained targets, {n['languages']} languages, {n['seeds']} seeds.", rows=rows, formats={"gain": ("interval" if n["seeds"] > 1 else "signed") + ":low,high", "p": "p", "p_holm": "p", "missing": "count"},
                   heads={"gain": "gain (95 % interval)", "p_holm": "p, Holm", "trains_on": "trains on", "missing": "missing pairs"}, note="p: the larger of Student's over seeds and over languages. Holm: over the intermediate arms. Intervals are not corrected; the effect of a control is read off its interval.")
     there = rows[rows["gain"].notna()]
     plates = (Plate(chart=plot_arms(rows), caption="Gain of every arm on the trained targets with its 95 % interval. Filled: told from zero, after Holm's correction where the arm is no control. Controls in grey.", description=f"Gains from {signed(there['gain'].min())} ({there.loc[there['gain'].idxmin(), 'arm']}) to {signed(there['gain'].max())} ({there.loc[there['gain'].idxmax(), 'arm']})."),) if len(there) else ()

@@ -52,7 +52,7 @@ def _fewer(cells: Sequence[Cell]) -> tuple[Cell, ...]:
 LIMITS = {"train": 8000, "score": 500}  # examples per task and language in the profile "small"
 SMALL_BACKBONES_NOTE = f"Capped: at most {LIMITS['train']:,} training and {LIMITS['score']} evaluation examples per task and language, one seed. It shows that the design runs on real data; it does not answer the question."
 
-# %% ../nbs/12b_backbone_studies.ipynb #e8d2b4c2
+# %% ../nbs/12b_backbone_studies.ipynb #e9389f19
 MT5_BLOOM_QUESTION = "How do the gains of intermediate training in zero-shot transfer compare between mT5 and BLOOM?"
 MT5_BLOOM_CLAIMS = ("c1", "c3", "c5", "c6")
 
@@ -74,7 +74,7 @@ def _mt5_vs_bloom_world() -> Study:
     contrasts = _gains(backbones, tuple(arms)) + _gains(pairs[0], tuple(control)) + _family_pairs(pairs, tuple(arms))
     contrasts += tuple(Contrast(treatment=f"{backbone} + qa", baseline=f"{backbone} + qa-shuffled") for backbone in pairs[0])
     return Study(name="mt5-vs-bloom", profile="mini", question=MT5_BLOOM_QUESTION, cells=cells, contrasts=contrasts, distance="typological", note=BACKBONES_NOTE, reference_seconds=WORLD_SECONDS,
-                 baselines=backbones, factors=factors_of(backbones, (*arms, *control)), claims=MT5_BLOOM_CLAIMS)
+                 baselines=backbones, factors=factors_of(backbones, tuple(arms)) | factors_of(pairs[0], (*arms, *control)), claims=MT5_BLOOM_CLAIMS)
 
 PROMPTED = Recipe(name="prompted", learning_rate=1e-4, batch_size=32, epochs=2, max_length=512, evaluations=10, source="not tuned; a common value for fine-tuning such models with AdamW")
 FAMILY_RECIPES = {"mt5": {"learning_rate": 1e-4}, "bloom": {"learning_rate": 2e-5}}  # not tuned; the design asks for a grid of equal size per family: `--set learning_rate=...`

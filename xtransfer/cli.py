@@ -18,7 +18,7 @@ from typing import Any
 
 from .core import XtransferError, nearest
 
-# %% ../nbs/22_cli.ipynb #90c5fdb5
+# %% ../nbs/22_cli.ipynb #9ccfa0a7
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence."""
 
@@ -31,6 +31,7 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="mini", help="smoke and mini: the synthetic world, on a CPU; small: real data, a small encoder; paper: the published recipe (default: mini)")
     parser.add_argument("--outputs", default="outputs", metavar="DIR", help="folder of the records (default: outputs)")
     parser.add_argument("--backbone", metavar="NAME", help="another backbone than the declared one: a name (`xtransfer ls backbones`), a hub id such as google/mt5-small, or the folder of a checkpoint; such runs get paths of their own")
+    parser.add_argument("--seeds", metavar="NUMBERS", help="other seeds than the declared ones, for example 3,4,5, from pretraining on: does the answer stand? Such runs get paths of their own")
     parser.add_argument("--train-limit", type=int, metavar="N", help="use at most N training examples per task and language; such runs get paths of their own and say so")
     parser.add_argument("--score-limit", type=int, metavar="N", help="score at most N examples per task and language")
     parser.add_argument("--languages", metavar="CODES", help="score only these languages, for example en,de,sw")
@@ -120,11 +121,11 @@ def make_parser() -> argparse.ArgumentParser:
         _add_arguments(name, command)
     return parser
 
-# %% ../nbs/22_cli.ipynb #dbb5f813
+# %% ../nbs/22_cli.ipynb #bfecd113
 def _chosen_study(arguments: argparse.Namespace) -> Any:
     """The study that the arguments name, with changed recipe numbers, another backbone and limits."""
     import xtransfer.catalogue  # noqa: F401  fills the registries
-    from xtransfer.studies import PROFILES, STUDIES, load_declarations
+    from xtransfer.studies import PROFILES, STUDIES, load_declarations, with_seeds
 
     load_declarations(arguments.declare)
     if arguments.profile not in PROFILES:
@@ -134,6 +135,10 @@ def _chosen_study(arguments: argparse.Namespace) -> Any:
         study = _with_settings(study, arguments.set)
     if arguments.backbone:
         study = study.with_backbone(arguments.backbone)
+    if arguments.seeds:
+        if not all(part.strip().isdecimal() for part in arguments.seeds.split(",")):
+            raise XtransferError(f"--seeds is {arguments.seeds!r}; it takes whole numbers with commas between them, such as 3,4,5.")
+        study = with_seeds(study, [int(part) for part in arguments.seeds.split(",")])
     languages = tuple(code.strip() for code in arguments.languages.split(",")) if arguments.languages else ()
     return study.with_limits(arguments.train_limit, arguments.score_limit, languages)
 

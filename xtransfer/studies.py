@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALGORITHM_VERSION', 'Template', 'TEMPLATES', 'PROFILES', 'STUDIES', 'Recipe', 'Mixing', 'Stage', 'Run', 'Cell',
            'Contrast', 'Inapplicable', 'lineage', 'limited', 'Study', 'not_applicable', 'StudyDeclaration',
-           'intermediate_cells', 'load_declarations']
+           'intermediate_cells', 'with_seeds', 'load_declarations']
 
 # %% ../nbs/09_studies.ipynb #bb3bd627
 import runpy
@@ -382,6 +382,22 @@ def intermediate_cells(
         run = Run(backbone=_resolvable(backbone), stages=tuple(replace(stage, seed=seed) for stage in path))
         cells.extend(Cell(arm=arm, target=target, seed=seed, run=run) for target in together)
     return tuple(cells)
+
+# %% ../nbs/09_studies.ipynb #4eb66b34
+def with_seeds(
+    study: Study,
+    seeds: Sequence[int],  # in place of the declared ones
+) -> Study:
+    """The same study with other seeds: other digests, other paths.
+
+    Raises: XtransferError for no seed, a negative one, or one that is named twice.
+    """
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise XtransferError(f"seeds are different whole numbers from 0; they are given as {', '.join(map(str, seeds)) or 'none'}.")
+    first = min(cell.seed for cell in study.declared)
+    def drawn(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+        return tuple(replace(cell, seed=seed, run=replace(cell.run, stages=tuple(replace(stage, seed=seed) for stage in cell.run.stages))) for cell in cells if cell.seed == first for seed in seeds)
+    return replace(study, cells=drawn(study.declared), probes=drawn(study.probes), inapplicable=())
 
 # %% ../nbs/09_studies.ipynb #8b4bc350
 def load_declarations(

@@ -236,7 +236,7 @@ def test_training_honours_the_language_temperature(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(steps, "encode", lambda tokenizer, task, rows, recipe: seen.update({task.name: list(rows)}) or SimpleNamespace(truncated=0))
     monkeypatch.setattr(steps, "make_evaluator", lambda *arguments: None)
-    monkeypatch.setattr(steps, "fit", lambda *arguments, **options: SimpleNamespace(progress=SimpleNamespace(seconds=0.0)))
+    monkeypatch.setattr(steps, "fit_runs", lambda *arguments, **options: SimpleNamespace(progress=SimpleNamespace(seconds=0.0)))
     sizes = {"en": 30, "de": 10}
     def examples(task, language, split, limit):
         return SimpleNamespace(rows=[{"text": f"{language}{i}"} for i in range(sizes[language])])

@@ -164,6 +164,6 @@ def test_the_plan_of_the_readme(tmp_path):
     (example,) = re.findall(r"<!-- example: xxl.py -->\n```python\n(.*?)```", text, re.S)
     (tmp_path / "xxl.py").write_text(example)
     code, out, err = command_line("plan", "stilts-xxl", "--profile", "paper", "--declare", tmp_path / "xxl.py", "--outputs", tmp_path)
-    assert code == 0 and "261 runs, 261 to execute" in out and "mt5-xxl-encoder/" in out, err
+    assert code == 0 and "423 runs, 423 to execute" in out and "mt5-xxl-encoder/" in out, err
     for line in memory_table(BACKBONES["mt5-xxl-encoder"]).splitlines()[:7]:
         assert line in text

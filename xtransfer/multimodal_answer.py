@@ -175,7 +175,7 @@ def tower_model(study: Study, gains: pd.DataFrame) -> tuple[str, Table | None]:
     note = "“decided by”: what the widest interval counts." + (f" Said by the software: {'; '.join(fit.warnings)}." if fit.warnings else "") + (" A variance is estimated at zero." if fit.singular else "")
     return said, Table(name="mixed-model", caption="Mixed model of the gains of towers and parents, points, with 95 % intervals; compared with text-only backbones and English data.", rows=table, note=note, formats={"estimate": "interval:low,high", "p": "p", "df": "plain"}, heads={"estimate": "estimate (95 % interval)"})
 
-# %% ../nbs/13i_multimodal_answer.ipynb #7fce1da6
+# %% ../nbs/13i_multimodal_answer.ipynb #f8155c87
 def _counts(n: int, noun: str) -> str:
     return f"{number_word(n)} {noun}{'s' * (n != 1)}"
 
@@ -202,7 +202,7 @@ def _difference_section(study: Study, differences: pd.DataFrame, compared: pd.Da
     sure = secondary[secondary["p_holm"] < 0.05]
     text = [f"Equivalence within {MARGIN:g} points: {tested.verdict if tested.verdict == 'equivalent' else 'not shown'}; 90 % interval {signed(tested.low)} to {signed(tested.high)}, over {_counts(int(compared.loc[0, 'seeds']), 'seed')} and {_counts(int(compared.loc[0, 'languages']), 'language')}."] if tested else ["With fewer than two complete seeds equivalence cannot be tested."]
     if secondary["p_holm"].notna().any():
-        text.append(f"Of {_counts(len(secondary), 'secondary comparison')}, {number_word(len(sure))} exclude{'s' * (len(sure) == 1)} zero after Holm's correction" + (f": {listed([f'{row.what} {signed(row.gain)}' for row in sure.itertuples()])}." if len(sure) else "."))
+        text.append(f"Of {_counts(len(secondary), 'secondary comparison')}, {number_word(len(sure)) if len(sure) else 'none'} exclude{'s' * (len(sure) < 2)} zero after Holm's correction" + (f": {listed([f'{row.what} {signed(row.gain)}' for row in sure.itertuples()])}." if len(sure) else "."))
     expected = {(" / ".join(pair), study.factors[cell.arm]["intermediate"], cell.target) for pair in tower_pairs(study) for cell in study.cells if study.factors[cell.arm]["backbone"] == pair[0] and study.factors[cell.arm]["intermediate"] != "none"}
     there = set(map(tuple, differences[["pair", "intermediate", "target"]].itertuples(index=False)))
     if len(there) < len(expected):

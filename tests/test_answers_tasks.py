@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from test_answers_backbones import check as checked
 
 import xtransfer.catalogue  # noqa: F401
 from xtransfer.diversity_answer import answer_diversity, diversity_rows, effects, score_array, set_rows, weights_of
@@ -31,13 +32,8 @@ def simulate(study, gain_of, seeds=(0, 1, 2), draw=0, noise=0.5):
 
 
 def check(answer):
-    """Every table and figure can be shown, and names are used once."""
-    tables = [table for section in answer.sections for table in section.tables]
-    assert len({table.name for table in tables}) == len(tables) and len({section.anchor for section in answer.sections}) == len(answer.sections)
-    for table in tables:
-        assert len(table.body()) == len(table.rows) > 0 and table.to_csv() and table.to_latex()
-    for plate in (plate for section in answer.sections for plate in section.figures):
-        assert plate.chart._repr_png_() and plate.description
+    """All that is asked of every answer, and no number that is none in its sentence either."""
+    checked(answer)
     said = [answer.sentence, *(text for section in answer.sections for text in section.text)]
     assert not any("nan" in text.replace("Nan", "").split("multilingual")[0].split() for text in said), said
     return answer

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Block', 'PAIRS', 'FORMATS', 'HEADS', 'P_NOTE', 'complete_rows', 'combined', 'mean_of', 'resolved', 'some',
            'english_gain', 'schedule_rows', 'find_row', 'best_schedule', 'chosen_by_other_seeds', 'training_examples',
-           'size_blocks', 'size_rule', 'target_size_rows', 'plot_schedules', 'plot_cosines', 'formats_of',
+           'size_blocks', 'size_rule', 'target_size_rows', 'light_axes', 'plot_schedules', 'plot_cosines', 'formats_of',
            'schedules_sentence', 'answer_multitask']
 
 # %% ../nbs/13f_multitask_answer.ipynb #97762a1e
@@ -176,8 +176,9 @@ def target_size_rows(study: Study, findings: Findings) -> pd.DataFrame:  # compa
             found += [{"comparison": f"{treatment} over {baseline}", "what": name} | combined(own, weights) for name, weights in parts.items()]
     return pd.DataFrame(found)
 
-# %% ../nbs/13f_multitask_answer.ipynb #b4632e3c
-def _light(axes: Any, grid: str = "x") -> None:
+# %% ../nbs/13f_multitask_answer.ipynb #e94b089b
+def light_axes(axes: Any, grid: str = "x") -> None:
+    """No box above and on the right, a light grid, small ticks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color=PALE, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -196,7 +197,7 @@ def plot_schedules(table: pd.DataFrame) -> Chart:
             axes.plot(row["gain"], y, marker="D", markersize=5.5, color=colour, markeredgecolor="white")
             axes.plot(row["english_gain"], y, marker="o", markersize=5, linestyle="", markerfacecolor="white", markeredgecolor=SOFT)
         axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
-        _light(axes)
+        light_axes(axes)
         axes.set_yticks(range(len(rows)), rows["treatment"] if kind != "planned" else [f"{row.treatment}  −  {row.baseline}" for row in rows.itertuples()])
         axes.set_ylim(len(rows) - 0.5, -0.6)
         axes.set_title(f"over {rows.loc[0, 'baseline']}" if kind != "planned" else "planned contrasts", fontsize=STYLE["font_size"], loc="left", color=INK)
@@ -212,7 +213,7 @@ def plot_cosines(cosines: pd.DataFrame) -> Chart:  # of gradient_cosines
         axes.plot(group["mean"], np.full(len(group), y), linestyle="", marker="o", markersize=4.5, markerfacecolor="white", markeredgecolor=INK)
         axes.plot(group["mean"].mean(), y, marker="D", markersize=6, color=INK, markeredgecolor="white")
     axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
-    _light(axes)
+    light_axes(axes)
     axes.set_yticks(range(len(groups)), [f"{arm.removeprefix('joint, ')}: {task} and {other}" for (_, arm, task, other), _ in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel("cosine of the tasks' gradients, mean over updates", fontsize=STYLE["small"] + 0.5, color=INK)

@@ -7,10 +7,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup mini smoke test check export lab docs clean
+.PHONY: help setup mini smoke test check bench export lab docs clean bench-gpu-script
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## make .venv and install the exact versions of requirements.lock
 
@@ -37,6 +37,13 @@ test: setup ## all tests: the library notebooks, generated code against notebook
 check: setup ## the tests that take no study: under five minutes
 	@tests/run fast
 
+bench: setup .venv/.benchmarks ## time the package beside its peers on this processor (under 30 minutes, goes on where it stopped); SET='--set PARAMETER=JSON' changes it
+	@$(BIN)/python -m xtransfer.speed $(SET)
+
+.venv/.benchmarks: requirements-bench.lock $(STAMP)
+	@$(BIN)/python -m pip install --quiet --no-deps -r requirements-bench.lock
+	@touch $@
+
 export: setup ## notebooks -> xtransfer/*.py, and notebooks without the traces of execution
 	@$(BIN)/nbdev_export
 	@$(BIN)/nbdev_clean
@@ -48,6 +55,9 @@ docs: setup ## the notebooks as web pages in _docs/, and a card for each task in
 	@$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir _docs nbs/*.ipynb nbs/tutorials/*.ipynb
 	@$(BIN)/python -c "import xtransfer.catalogue; from xtransfer.cards import write_cards; write_cards('_docs/tasks')"
 	@echo "open _docs/index.html and _docs/tasks/index.md"
+
+bench-gpu-script: setup ## write gpu_benchmark.py, one file that measures on a GPU what `make bench` measures here
+	@$(BIN)/python nbs/benchmarks/gpu/build.py gpu_benchmark.py
 
 clean: ## remove what can be made again; keeps .venv, runs/ and outputs/
 	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis

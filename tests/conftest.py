@@ -5,9 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+CACHE = tempfile.TemporaryDirectory(prefix="xtransfer-tests-")  # of tokens and rows, for these tests and the processes that they start; the user's own stays as it is
+os.environ["XTRANSFER_CACHE"] = CACHE.name
 
 import pytest
 import torch
@@ -18,6 +21,19 @@ TOYS = Path(__file__).with_name("toys.py")
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def given_machine():
+    """Plans take a given machine for this one, so that no test waits until its speed is measured."""
+    from xtransfer.core import digest, write_json
+    from xtransfer.cost import MACHINES_NAME, machine_key
+    from xtransfer.runs import gpu_count, threads_of_run, worker_count
+
+    numbers = {"update_seconds": 1e-3, "layer_seconds": 1e-3, "weights_per_second": 1e9, "rates": {"float32": [[64, 1e10], [1024, 4e10]]}, "token_seconds": 1e-6, "python_seconds": 1.5e-3, "disk_bandwidth": 1e9}
+    key = machine_key(threads_of_run(worker_count()), worker_count(), gpu_count())
+    write_json(Path(CACHE.name) / MACHINES_NAME, {digest(key): {"key": key, "machine": numbers}})
+    return numbers
 
 
 @pytest.fixture
@@ -63,6 +79,12 @@ def xtransfer(*arguments, timeout=300, environment=None):
 def hashes(folder):
     """Content of every file below a folder, locks excepted."""
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file() and ".locks" not in p.parts}
+
+
+@pytest.fixture
+def fast_bfloat16(monkeypatch):
+    """A processor on which bfloat16 is faster, as far as the package can see."""
+    monkeypatch.setattr("xtransfer.adapters.bfloat16_gain", lambda device: 2.0)
 
 
 @pytest.fixture(scope="session")

@@ -213,6 +213,7 @@ def test_a_family_without_gradient_checkpointing_is_one_sentence(toys, monkeypat
 
 # ---- precision
 
+@pytest.mark.usefixtures("fast_bfloat16")
 @every_family
 def test_bfloat16_is_finite_and_close_in_every_family(family, tmp_path):
     _, _, _, make, data, corrupt, batches = family
@@ -233,6 +234,7 @@ def test_bfloat16_is_finite_and_close_in_every_family(family, tmp_path):
     assert {v.dtype for k, v in tensors.items() if k.startswith("optimizer.")} == {torch.float32}, "moments too"
 
 
+@pytest.mark.usefixtures("fast_bfloat16")
 def test_scores_are_computed_in_the_recipes_precision_and_training_is_resumed(data, tmp_path, monkeypatch):  # noqa: F811
     recipe, seen = replace(RECIPE, precision="bfloat16"), []
     scores = (seen.append(torch.is_autocast_enabled("cpu")) or 50.0 for _ in range(99))

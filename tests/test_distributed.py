@@ -167,7 +167,7 @@ def test_what_accelerate_would_do_silently_is_refused(monkeypatch):
             action()
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("xtransfer.ranks.Accelerator", lambda **_: SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO, device=torch.device("cpu")))
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO, device=torch.device("cpu")))
     with pytest.raises(XtransferError, match="2 processes of the type MULTI_CPU on cpu were asked for, but Accelerate made 1 of the type NO"):
         meet(2)
     with pytest.raises(XtransferError, match="1 process was asked for, and this is one of 2"):

@@ -12,12 +12,15 @@ import xtransfer.evaluation as evaluation
 from test_modeling import model_of
 from xtransfer.core import XtransferError
 from xtransfer.encoding import encode, make_batch
-from xtransfer.evaluation import Evaluator, RankedEvaluator, best_spans, best_threshold, mine_pairs, normalized, predict_answers, predict_tags, score_mining, score_retrieval, sentence_vectors, text_accuracy
+from xtransfer.evaluation import Evaluator, RankedEvaluator, predict_answers, predict_tags, score_mining, score_retrieval, sentence_vectors, text_accuracy
 from xtransfer.heads import SpanHead
 from xtransfer.metrics import METRICS
+from xtransfer.mining import NEIGHBOURS, best_threshold, mine_pairs
 from xtransfer.objectives import make_corruption
+from xtransfer.spans import best_spans
 from xtransfer.studies import Recipe
 from xtransfer.tasks import TASKS, Examples, load_examples
+from xtransfer.vectors import normalized
 
 RECIPE = Recipe(name="test", learning_rate=0, batch_size=4, max_length=96, stride=8, max_answer_length=5)
 
@@ -248,7 +251,7 @@ def test_mining_drops_sentences_that_occur_twice_and_takes_the_threshold_from_de
     scores, kept = score_mining(TASKS["toy_mining"], [(dev, test)], vectors)
     value = {s.metric: s.value for s in scores}
     assert value["recall"] == pytest.approx(95) and value["precision"] == 100 and {k["id"] for k in kept} == {f"test-source-{i}" for i in range(1, 20)}
-    assert all(s.n == 20 for s in scores) and evaluation.NEIGHBOURS == 4
+    assert all(s.n == 20 for s in scores) and NEIGHBOURS == 4
 
 
 class Lookup:

@@ -312,3 +312,31 @@ def test_predictions_of_a_checkpoint_that_is_read_by_hand(name, copy, tasks, tmp
             first = [numbers.index(w) for w in range(len(spaced))]
             logits = states(**given)[first] @ head["toy_tags.out.weight"].T + head["toy_tags.out.bias"]
             assert found == [("O", "B-LONG")[i] for i in logits.argmax(1).tolist()]
+
+
+@pytest.mark.parametrize("text", ("masked", "next"))
+def test_text_loss_in_pieces_is_that_of_the_whole_in_training_only(text, toys, monkeypatch):
+    """Where the logits of all predicted tokens are too many to be held, loss and gradients are the same and scoring still sees all logits."""
+    from together import BLOOM, STILL
+    from xtransfer.tasks import TASKS
+
+    backbone, task = (STILL, TASKS["toy_text"]) if text == "masked" else (BLOOM, TASKS["world_text"])
+    tokenizer = backbone.build_tokenizer()
+    model = StageModel(load_encoder(backbone, tokenizer, 0), (task,), 0, backbone)
+    encoded = encode(tokenizer, task, load_examples(task, task.train_languages[0], "train", 13).rows, RECIPE)
+    vocabulary = model.encoder.get_input_embeddings().num_embeddings
+    batch = make_corruption(tokenizer, backbone.kind.objective, RECIPE, vocabulary)(make_batch(encoded, np.arange(13)), 0)
+    found = {}
+    for tokens in (10**6, 7, 1):
+        monkeypatch.setattr("xtransfer.heads.LARGEST_LOGITS", tokens * vocabulary)
+        model.zero_grad()
+        loss, logits = model.train()(batch, task.name)
+        loss.backward()
+        found[tokens] = loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, len(logits), len(model.eval()(batch, task.name)[1])
+    predicted = found[10**6][2]
+    assert predicted > 7 and predicted % 7 and [found[n][2:] for n in (10**6, 7, 1)] == [(predicted, predicted), (0, predicted), (0, predicted)]
+    for tokens in (7, 1):
+        torch.testing.assert_close(found[tokens][0], found[10**6][0], atol=1e-6, rtol=0)
+        assert found[tokens][1].keys() == found[10**6][1].keys()
+        for name, gradient in found[tokens][1].items():
+            torch.testing.assert_close(gradient, found[10**6][1][name], atol=1e-6, rtol=1e-5)

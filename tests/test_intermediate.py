@@ -234,12 +234,13 @@ def test_training_honours_the_language_temperature(monkeypatch, tmp_path):
     task = toy("toy_mixture", languages=("en", "de"), language_temperature=1e9)
     monkeypatch.setitem(TASKS._entries, task.name, task)
     seen = {}
-    monkeypatch.setattr(steps, "encode", lambda tokenizer, task, rows, recipe: seen.update({task.name: list(rows)}) or SimpleNamespace(truncated=0))
-    monkeypatch.setattr(steps, "make_evaluator", lambda *arguments: None)
+    monkeypatch.setattr("xtransfer.store.stored", lambda tokenizer, what, key, make: make())
+    monkeypatch.setattr("xtransfer.store.encode", lambda tokenizer, task, rows, recipe: seen.update({task.name: list(rows)}) or SimpleNamespace(truncated=0))
+    monkeypatch.setattr(steps, "make_evaluator", lambda *arguments: SimpleNamespace(reads=[]))
     monkeypatch.setattr(steps, "fit_runs", lambda *arguments, **options: SimpleNamespace(progress=SimpleNamespace(seconds=0.0)))
     sizes = {"en": 30, "de": 10}
     def examples(task, language, split, limit):
-        return SimpleNamespace(rows=[{"text": f"{language}{i}"} for i in range(sizes[language])])
+        return SimpleNamespace(rows=[{"text": f"{language}{i}"} for i in range(sizes[language])], language=language, split=split, fingerprint=language)
     stage = Stage(train=(task.name,), recipe=Recipe(name="x", learning_rate=1e-3, batch_size=2), seed=3)
     steps.train(SimpleNamespace(stage=stage, tokenizer=SimpleNamespace(mask_token_id=0), examples=examples, truncated={}, seconds={}, folder=tmp_path, model=None, ranks=None))
     drawn = [row["text"][:2] for row in seen[task.name]]

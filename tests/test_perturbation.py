@@ -127,6 +127,7 @@ def test_scoring_is_never_perturbed(recipe, data, tmp_path, monkeypatch):  # noq
     assert len(asked) == len(set(asked)) == 30 and not model.text.get_input_embeddings()._forward_hooks
 
 
+@pytest.mark.usefixtures("fast_bfloat16")
 @pytest.mark.parametrize("recipe", (NOISE, ADVERSARIAL), ids=lambda r: r.perturbation)
 def test_with_adapters_bfloat16_and_checkpointing(recipe, data, tmp_path):  # noqa: F811
     recipe = replace(recipe, lora_rank=2, precision="bfloat16", layer_mix=True, max_steps=6)

@@ -5,9 +5,11 @@ import time
 import numpy as np
 import pytest
 
-from xtransfer.evaluation import best_threshold, mine_pairs, normalized, score_mining, score_retrieval
+from xtransfer.evaluation import score_mining, score_retrieval
 from xtransfer.metrics import METRICS
+from xtransfer.mining import best_threshold, mine_pairs
 from xtransfer.tasks import TASKS, Examples
+from xtransfer.vectors import normalized
 from xtransfer.whitening import SENTENCES_PER_DIRECTION, whitened
 
 

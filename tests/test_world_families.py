@@ -155,7 +155,7 @@ def test_captions_keep_the_contract_and_their_facts_are_plain():
     assert all(tuple(row) == ("id", "text", "image") and row["image"].shape == (SIDE, SIDE, 3) for row in examples.rows)
     again, fewer = load_examples(TASKS["world_captions"], "qai", "dev", 20), load_examples(TASKS["world_captions"], "qai", "dev", 19)
     assert examples.facts["fingerprint"] == again.facts["fingerprint"] != fewer.facts["fingerprint"] and json.dumps(examples.facts)
-    again.rows[0]["image"] = 255 - again.rows[0]["image"]
+    again = replace(again, rows=[again.rows[0] | {"image": 255 - again.rows[0]["image"]}, *again.rows[1:]])
     assert again.facts["fingerprint"] != examples.facts["fingerprint"], "the picture belongs to the content"
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FittedRuns', 'together', 'fit_runs']
 
-# %% ../nbs/17a_averaging.ipynb #146c1171
+# %% ../nbs/17a_averaging.ipynb #879e9fd9
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,12 @@ from .core import XtransferError, derive_seed
 from .encoding import Encoded
 from .modeling import StageModel
 from .objectives import Corruption
+from .progress import TrainingLog
 from .ranks import Ranks, meet
 from .studies import Mixing, Recipe
-from .training import Fitted, Progress, TrainingLog, average_tensors, fit
+from .training import Fitted, Progress, average_tensors, fit
 
-# %% ../nbs/17a_averaging.ipynb #e8e0303f
+# %% ../nbs/17a_averaging.ipynb #be5098d8
 @dataclass(frozen=True, kw_only=True)
 class FittedRuns(Fitted):
     """What several trainings of one stage came to."""
@@ -55,7 +56,7 @@ def together(
     agreement = [{key: value if key == "tasks" else sum(e[key] for e in entries) for key, value in entries[0].items()} for entries in zip(*(p.agreement for p in parts))]
     progress = Progress(step=sum(p.step for p in parts), tokens=sum(p.tokens for p in parts), seconds=sum(p.seconds for p in parts), best_step=round(_mean([p.best_step for p in parts])),
                         best_dev=_mean([p.best_dev for p in parts]), dev=dev, agreement=agreement)
-    return FittedRuns(progress=progress, steps=runs[0].steps, folder=folder, averaged=runs[0].averaged, runs=tuple(runs))
+    return FittedRuns(progress=progress, steps=runs[0].steps, folder=folder, averaged=runs[0].averaged, vocabulary=runs[0].vocabulary, runs=tuple(runs))
 
 # %% ../nbs/17a_averaging.ipynb #db8bcf31
 def _join_logs(runs: Sequence[Fitted], folder: Path) -> None:

@@ -6,19 +6,19 @@
 __all__ = ['FAMILIES_QUESTION', 'BACKBONES_NOTE', 'LIMITS', 'SMALL_BACKBONES_NOTE', 'MT5_BLOOM_QUESTION', 'MT5_BLOOM_CLAIMS',
            'PROMPTED', 'FAMILY_RECIPES', 'SIMILARITY_QUESTION', 'MULTIMODAL_QUESTION', 'SHORT', 'NATIVE_NLI']
 
-# %% ../nbs/12b_backbone_studies.ipynb #77db73da
+# %% ../nbs/12b_backbone_studies.ipynb #4b3518d6
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .recipes import (
-    PHANG_CLASSIFICATION, PHANG_MEMORY, PHANG_TARGETS, SENTENCES, WORLD_NOTE, WORLD_PRETRAININGS, WORLD_RETRIEVAL, WORLD_SECONDS, WORLD_SEEDS, WORLD_TARGETS, XTREME_R_PREPARATIONS, XTREME_R_TARGETS,
+    PHANG_CLASSIFICATION, PHANG_MEMORY, PHANG_TARGETS, SENTENCES, WORLD_NOTE, WORLD_PRETRAININGS, WORLD_RETRIEVAL, WORLD_SEEDS, WORLD_TARGETS, XTREME_R_PREPARATIONS, XTREME_R_TARGETS,
     backbone_arms, factors_of, intermediate, phang_mixture, phang_stage, world_cells)
 from .replication import TRANSLATED_INTO
 from .studies import STUDIES, Cell, Contrast, Mixing, Recipe, Stage, Study, StudyDeclaration, intermediate_cells, limited
 from .tasks import TASKS
 from .world_backbones import WORLD_BACKBONES
 
-# %% ../nbs/12b_backbone_studies.ipynb #a433e012
+# %% ../nbs/12b_backbone_studies.ipynb #67e179a4
 FAMILIES_QUESTION = "Do the family, the size and the modality of a backbone change what crosses languages without examples?"
 BACKBONES_NOTE = WORLD_NOTE.replace("the encoder is", "the backbones are")
 
@@ -28,7 +28,7 @@ def _families(profile: str, seeds: Sequence[int]) -> Study:
     large, ending = [name for name in WORLD_PRETRAININGS if name != "world-xlmr"], "-small"
     pairs = [(name, "world-xlmr") for name in large] + [(name + ending, "world-xlmr" + ending) for name in large] + [(name, name + ending) for name in WORLD_PRETRAININGS]
     return Study(name="families", profile=profile, question=FAMILIES_QUESTION, cells=cells, contrasts=tuple(Contrast(treatment=a, baseline=b) for a, b in pairs), distance="typological",
-                 note=BACKBONES_NOTE, reference_seconds=WORLD_SECONDS, baselines=WORLD_BACKBONES, factors=factors_of(WORLD_BACKBONES, ["none"]))
+                 note=BACKBONES_NOTE, baselines=WORLD_BACKBONES, factors=factors_of(WORLD_BACKBONES, ["none"]))
 
 STUDIES.register(StudyDeclaration(name="families", question=FAMILIES_QUESTION, profiles={"smoke": lambda: _families("smoke", (0,)), "mini": lambda: _families("mini", WORLD_SEEDS)}))
 
@@ -52,7 +52,7 @@ def _fewer(cells: Sequence[Cell]) -> tuple[Cell, ...]:
 LIMITS = {"train": 8000, "score": 500}  # examples per task and language in the profile "small"
 SMALL_BACKBONES_NOTE = f"Capped: at most {LIMITS['train']:,} training and {LIMITS['score']} evaluation examples per task and language, one seed. It shows that the design runs on real data; it does not answer the question."
 
-# %% ../nbs/12b_backbone_studies.ipynb #e9389f19
+# %% ../nbs/12b_backbone_studies.ipynb #35b39869
 MT5_BLOOM_QUESTION = "How do the gains of intermediate training in zero-shot transfer compare between mT5 and BLOOM?"
 MT5_BLOOM_CLAIMS = ("c1", "c3", "c5", "c6")
 
@@ -73,7 +73,7 @@ def _mt5_vs_bloom_world() -> Study:
         cells += world_cells(backbone_arms(backbone, {arm: arms[arm] for arm in ("none", "nli")}), {"world_xnli@prompted": WORLD_TARGETS["world_xnli"]}, (), backbone=backbone)
     contrasts = _gains(backbones, tuple(arms)) + _gains(pairs[0], tuple(control)) + _family_pairs(pairs, tuple(arms))
     contrasts += tuple(Contrast(treatment=f"{backbone} + qa", baseline=f"{backbone} + qa-shuffled") for backbone in pairs[0])
-    return Study(name="mt5-vs-bloom", profile="mini", question=MT5_BLOOM_QUESTION, cells=cells, contrasts=contrasts, distance="typological", note=BACKBONES_NOTE, reference_seconds=WORLD_SECONDS,
+    return Study(name="mt5-vs-bloom", profile="mini", question=MT5_BLOOM_QUESTION, cells=cells, contrasts=contrasts, distance="typological", note=BACKBONES_NOTE,
                  baselines=backbones, factors=factors_of(backbones, tuple(arms)) | factors_of(pairs[0], (*arms, *control)), claims=MT5_BLOOM_CLAIMS)
 
 PROMPTED = Recipe(name="prompted", learning_rate=1e-4, batch_size=32, epochs=2, max_length=512, evaluations=10, source="not tuned; a common value for fine-tuning such models with AdamW")
@@ -107,7 +107,7 @@ def _mt5_vs_bloom(profile: str) -> Study:
 
 STUDIES.register(StudyDeclaration(name="mt5-vs-bloom", question=MT5_BLOOM_QUESTION, profiles={"mini": _mt5_vs_bloom_world, "small": lambda: _mt5_vs_bloom("small"), "paper": lambda: _mt5_vs_bloom("paper")}))
 
-# %% ../nbs/12b_backbone_studies.ipynb #c083eab6
+# %% ../nbs/12b_backbone_studies.ipynb #48ab9355
 SIMILARITY_QUESTION = "Does the gain of English intermediate training depend on how similar the target language is to English, and does that change with model size?"
 
 def _similarity_world() -> Study:
@@ -115,7 +115,7 @@ def _similarity_world() -> Study:
     backbones = ("world-mt5-small", "world-mt5", "world-xlmr-small", "world-xlmr")
     arms = {"none": (), "nli": intermediate("world_mnli"), "qa": intermediate("world_squad2")}
     return Study(name="similarity-by-size", profile="mini", question=SIMILARITY_QUESTION, cells=_world_grid(backbones, arms), contrasts=_gains(backbones, tuple(arms)), distance="typological", note=BACKBONES_NOTE,
-                 reference_seconds=WORLD_SECONDS, baselines=backbones, factors=factors_of(backbones, tuple(arms)))
+                 baselines=backbones, factors=factors_of(backbones, tuple(arms)))
 
 def _similarity(profile: str) -> Study:
     """mT5's sizes on XTREME-R, or the smallest two on little data."""
@@ -131,7 +131,7 @@ def _similarity(profile: str) -> Study:
 
 STUDIES.register(StudyDeclaration(name="similarity-by-size", question=SIMILARITY_QUESTION, profiles={"mini": _similarity_world, "small": lambda: _similarity("small"), "paper": lambda: _similarity("paper")}))
 
-# %% ../nbs/12b_backbone_studies.ipynb #3c6cbc05
+# %% ../nbs/12b_backbone_studies.ipynb #5e5f81ec
 MULTIMODAL_QUESTION = "Do text towers trained with pictures gain more, or less, than their text-only parents from intermediate training in languages other than English?"
 
 def _modality(backbones: Sequence[str], pairs: Sequence[tuple[str, str]]) -> dict[str, dict[str, str]]:
@@ -153,7 +153,7 @@ def _multimodal_world() -> Study:
     targets = {task: WORLD_TARGETS[task] for task in ("world_xnli", "world_udpos", "world_panx")}
     modality = _modality(pairs[0], pairs)
     return Study(name="multimodal", profile="mini", question=MULTIMODAL_QUESTION, cells=_world_grid(pairs[0], arms, targets), contrasts=_paired(pairs, tuple(arms)), distance="typological", note=BACKBONES_NOTE,
-                 reference_seconds=WORLD_SECONDS, baselines=pairs[0], factors=factors_of(pairs[0], tuple(arms), **modality))
+                 baselines=pairs[0], factors=factors_of(pairs[0], tuple(arms), **modality))
 
 SHORT = {"max_length": 64, "stride": 16}  # what the text towers were made for
 NATIVE_NLI = ("ocnli", "indonli", "klue_nli", "jnli", "farstail")

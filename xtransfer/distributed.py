@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARAMETERS_NAME', 'TRAINED_NAME', 'OUTPUT_NAME', 'AGENT', 'PROGRAM', 'work', 'main', 'train']
 
-# %% ../nbs/19a_distributed.ipynb #4c23a0b6
+# %% ../nbs/19a_distributed.ipynb #f736054f
 import json
 import os
 import re
@@ -22,11 +22,13 @@ import torch
 from torch import distributed
 
 from .core import XtransferError, end_with_parent, package_folder, read_json, write_json
+from .progress import StepBar
 from .ranks import check_ranks, meet
 from .steps import LOG_NAME, PLAN_NAME, TRAINING_NAME, Step, peak_memory, train as train_here
-from .training import Fitted, Progress, StepBar, averaged_steps, set_up
+from .training import Fitted, Progress, averaged_steps, learning_rate, set_up
+from .vocabulary import kept_rows
 
-# %% ../nbs/19a_distributed.ipynb #9deec48a
+# %% ../nbs/19a_distributed.ipynb #08cead1e
 PARAMETERS_NAME, TRAINED_NAME, OUTPUT_NAME = "parameters.json", "trained.json", "ranks.log"
 AGENT = "XTRANSFER_AGENT"  # variable that holds the process id of the torchrun that a notebook has started
 
@@ -43,7 +45,7 @@ def work(
     fitted = train_here(step)
     if ranks.first:
         facts = [[*place, about] for place, about in step.facts.items()]
-        write_json(path.parent / TRAINING_NAME / TRAINED_NAME, {"steps": fitted.steps, "facts": facts, "truncated": step.truncated, "seconds": step.seconds, "memory": peak_memory(), "processes": ranks.count})
+        write_json(path.parent / TRAINING_NAME / TRAINED_NAME, {"steps": fitted.steps, "facts": facts, "truncated": step.truncated, "seconds": step.seconds, "memory": peak_memory(), "processes": ranks.count, "vocabulary": fitted.vocabulary})
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -122,7 +124,7 @@ def _launch(step: Step) -> None:
     if code:
         raise XtransferError(_reason(step, code))
 
-# %% ../nbs/19a_distributed.ipynb #ee9e1846
+# %% ../nbs/19a_distributed.ipynb #18a791e3
 def train(step: Step) -> Fitted:
     """Train the stage's mixture in as many processes as the notebook asks for, going on from a saved state if there is one."""
     if step.processes == 1:
@@ -142,7 +144,9 @@ def train(step: Step) -> Fitted:
     set_up(step.model, step.stage.recipe, step.stage.seed)
     step.model.to(device)
     progress = Progress(**read_json(training / f"state-{found['steps']:08d}" / "progress.json"))
-    step.fitted = Fitted(progress=progress, steps=found["steps"], folder=training, averaged=averaged_steps(found["steps"], step.stage.recipe))
+    recipe, steps = step.stage.recipe, found["steps"]
+    trimmed = kept_rows(training, step.model, recipe, [learning_rate(k, steps, recipe) for k in range(steps)])
+    step.fitted = Fitted(progress=progress, steps=steps, folder=training, averaged=averaged_steps(steps, recipe), trimmed=trimmed, vocabulary=found["vocabulary"])
     step.fitted.load(step.model, "last")
     return step.fitted
 

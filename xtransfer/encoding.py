@@ -4,27 +4,26 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'MAX_QUESTION', 'MAX_QUERY', 'ENCODERS', 'Encoded', 'encode_classification', 'encode_choices',
-           'with_segments', 'special_affixes', 'word_prefix', 'encode_tagging', 'pair_affixes', 'encode_questions',
-           'encode_text', 'encode_sentences', 'encode_sides', 'encode_ranked', 'encode_captions', 'encode', 'Batch',
-           'make_batch', 'evaluation_batches']
+           'with_segments', 'word_prefix', 'encode_tagging', 'encode_questions', 'encode_text', 'encode_sentences',
+           'encode_sides', 'encode_ranked', 'encode_captions', 'encode', 'Batch', 'make_batch', 'evaluation_batches']
 
-# %% ../nbs/15_encoding.ipynb #becc401f
+# %% ../nbs/15_encoding.ipynb #88612875
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
 from .core import XtransferError
+from .tokens import Part, Pieces, ids_of_texts, laid, pair_affixes, parts_of, same, special_affixes, tokenized
 from .studies import Recipe
 from .tasks import Task
 
 IGNORED = -100  # target of tokens that are not scored: the default ignore_index of torch's cross entropy
 
-# %% ../nbs/15_encoding.ipynb #74daefbb
+# %% ../nbs/15_encoding.ipynb #317ef743
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
     """The token ids of many sequences, without padding, and what is to be predicted from them."""
@@ -34,7 +33,7 @@ class Encoded:
     examples: int  # number of examples
     example_targets: Mapping[str, np.ndarray] = field(default_factory=dict)  # each [examples]
     sequence_targets: Mapping[str, np.ndarray] = field(default_factory=dict)  # each [sequences, ...]
-    token_targets: Mapping[str, np.ndarray] = field(default_factory=dict)  # each [tokens, ...]
+    token_targets: Mapping[str, np.ndarray] = field(default_factory=dict)  # each [tokens, ...], int32 to be small; a batch has them as int64
     truncated: int = 0  # examples of which something was cut off
 
     @cached_property
@@ -47,50 +46,29 @@ class Encoded:
         """Where each example's sequences start, int64 [examples + 1]."""
         return np.searchsorted(self.example, np.arange(self.examples + 1))
 
-def _flat(
-    sequences: Sequence[Sequence[int]],  # token ids of each sequence
-    example: Sequence[int] | None = None,  # example of each sequence; None: one each
-    **others: Any,  # further fields of Encoded
-) -> Encoded:
-    """Lay sequences end to end."""
-    starts = np.zeros(len(sequences) + 1, dtype=np.int64)
-    np.cumsum([len(s) for s in sequences], out=starts[1:])
-    ids = np.fromiter(chain.from_iterable(sequences), dtype=np.int32, count=starts[-1])
-    owner = np.arange(len(sequences)) if example is None else np.asarray(example, dtype=np.int64)
-    return Encoded(ids=ids, starts=starts, example=owner, **({"examples": len(sequences)} | others))
+def _encoded(pieces: Pieces, example: Any = None, **others: Any) -> Encoded:
+    """Sequences as `Encoded`; `example` is None where each is an example of its own."""
+    owner = np.arange(len(pieces.starts) - 1) if example is None else np.asarray(example, dtype=np.int64)
+    return Encoded(ids=pieces.values, starts=pieces.starts, example=owner, **({"examples": len(owner)} | others))
 
-# %% ../nbs/15_encoding.ipynb #322f4954
-def _ids_of_texts(
-    tokenizer: Any,  # a fast transformers tokenizer
-    texts: Sequence[str],
-    pairs: Sequence[str] | None,  # second texts; None when no example has one
-    max_length: int,
-) -> tuple[list[list[int]], list[int]]:  # token ids with special tokens, numbers of the truncated texts
-    """Token ids of texts or pairs of texts."""
-    def encode(rows: Sequence[int], **options: Any) -> list[list[int]]:
-        second = None if pairs is None else [pairs[i] for i in rows]
-        return tokenizer([texts[i] for i in rows], second, return_attention_mask=False, verbose=False, **options)["input_ids"] if rows else []
+def _flat(sequences: Sequence[Sequence[int]], example: Sequence[int] | None = None, **others: Any) -> Encoded:
+    """Lists of token ids as `Encoded`."""
+    return _encoded(Pieces.of(sequences), example, **others)
 
-    ids = encode(range(len(texts)), truncation=False)
-    long = [i for i, sequence in enumerate(ids) if len(sequence) > max_length]
-    for i, short in zip(long, encode(long, truncation=True, max_length=max_length)):
-        ids[i] = short
-    return ids, long
-
+# %% ../nbs/15_encoding.ipynb #0ff5d19b
 def encode_classification(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
     """One sequence per example; the target is the index of its label."""
     pairs = [r["text_pair"] for r in rows] if any(r["text_pair"] for r in rows) else None
-    ids, truncated = _ids_of_texts(tokenizer, [r["text"] for r in rows], pairs, recipe.max_length)
-    labels = np.array([task.labels.index(r["label"]) for r in rows], dtype=np.int64)
-    return _flat(ids, example_targets={"label": labels}, truncated=len(truncated))
+    pieces, truncated = ids_of_texts(tokenizer, [r["text"] for r in rows], pairs, recipe.max_length)
+    return _encoded(pieces, example_targets={"label": np.array([task.labels.index(r["label"]) for r in rows], dtype=np.int64)}, truncated=len(truncated))
 
 def encode_choices(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
     """One sequence per choice, `text` paired with the choice; the target is the index of the right choice."""
     owner = [i for i, r in enumerate(rows) for _ in r["choices"]]
-    ids, truncated = _ids_of_texts(tokenizer, [rows[i]["text"] for i in owner], [c for r in rows for c in r["choices"]], recipe.max_length)
-    return _flat(ids, owner, examples=len(rows), truncated=len({owner[k] for k in truncated}), example_targets={"label": np.array([r["label"] for r in rows], dtype=np.int64)})
+    pieces, truncated = ids_of_texts(tokenizer, [rows[i]["text"] for i in owner], [c for r in rows for c in r["choices"]], recipe.max_length)
+    return _encoded(pieces, owner, examples=len(rows), truncated=len({owner[k] for k in truncated}), example_targets={"label": np.array([r["label"] for r in rows], dtype=np.int64)})
 
-# %% ../nbs/15_encoding.ipynb #dff24bb1
+# %% ../nbs/15_encoding.ipynb #01cae25b
 def with_segments(tokenizer: Any, encoded: Encoded) -> Encoded:
     """The same with the segment of each token (0, 1) where the tokenizer's models read it."""
     if "token_type_ids" not in tokenizer.model_input_names or tokenizer.sep_token_id is None:
@@ -98,20 +76,9 @@ def with_segments(tokenizer: Any, encoded: Encoded) -> Encoded:
     ended = np.cumsum(encoded.ids == tokenizer.sep_token_id) - (encoded.ids == tokenizer.sep_token_id)  # separators before each token, of all sequences
     before = np.concatenate([ended, [0]])[encoded.starts[:-1]]
     segment = np.minimum(ended - np.repeat(before, encoded.lengths), 1)
-    return replace(encoded, token_targets=dict(encoded.token_targets) | {"segment": segment.astype(np.int64)})
+    return replace(encoded, token_targets=dict(encoded.token_targets) | {"segment": segment.astype(np.int32)})
 
-# %% ../nbs/15_encoding.ipynb #3705737e
-def special_affixes(
-    tokenizer: Any,
-) -> tuple[list[int], list[int]]:  # ids put before and after a single text
-    """The special tokens around a single text."""
-    plain = tokenizer("1", add_special_tokens=False)["input_ids"]
-    full = tokenizer("1")["input_ids"]
-    at = next((i for i in range(len(full) - len(plain) + 1) if full[i:i + len(plain)] == plain), None)
-    if not plain or at is None:
-        raise XtransferError(f"the tokenizer {type(tokenizer).__name__} does not put its special tokens around a text: {full} for {plain}.")
-    return full[:at], full[at + len(plain):]
-
+# %% ../nbs/15_encoding.ipynb #07ef9dc6
 def _word_windows(
     sizes: Sequence[int],  # subwords of each word
     room: int,  # subwords that fit into one window
@@ -140,29 +107,40 @@ def word_prefix(
     probes = ("a", "1")  # some tokenizers give digits no space of their own
     return " " if any(cut([word, word]) != cut(f"{word} {word}") == cut([f" {word}", f" {word}"]) for word in probes) else ""
 
+def _subwords(tokenizer: Any, rows: Sequence[Mapping[str, Any]], room: int) -> tuple[Pieces, np.ndarray]:  # of all words of all rows; words that had more subwords than fit
+    """The subwords of every word, at least one and at most `room`."""
+    space, words = word_prefix(tokenizer), np.array([len(r["tokens"]) for r in rows], dtype=np.int64)
+    pieces, inside = tokenized(tokenizer, [[space + word for word in r["tokens"]] for r in rows], words=True, fact="word_ids")
+    word = inside + np.repeat(np.cumsum(words) - words, pieces.sizes)  # its number among all words
+    sizes = np.bincount(word, minlength=words.sum())
+    begins = np.concatenate([[0], np.cumsum(sizes)])[:-1]
+    values = np.append(pieces.values[np.argsort(word, kind="stable")], tokenizer.unk_token_id or 0)
+    begins[sizes == 0], long = len(values) - 1, np.flatnonzero(sizes > room)
+    if tokenizer.unk_token_id is None and not sizes.all():
+        raise XtransferError(f"the tokenizer {type(tokenizer).__name__} makes nothing of a word and has no unknown token for it.")
+    return Pieces(*laid([(values, begins, np.clip(sizes, 1, room))])), long
+
 def encode_tagging(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
     """One sequence per window of words; the target of a word's first subword is its tag, all others are IGNORED."""
     before, after = special_affixes(tokenizer)
     room = recipe.max_length - len(before) - len(after)
-    space = word_prefix(tokenizer)
-    encodings = tokenizer([[space + word for word in r["tokens"]] for r in rows], is_split_into_words=True, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    pieces, long = _subwords(tokenizer, rows, room)
+    first = np.cumsum([0, *(len(r["tokens"]) for r in rows)])  # word of each row
     index = {label: i for i, label in enumerate(task.labels)}
-    sequences, owner, words, tags, truncated = [], [], [], [], 0
-    for i, row in enumerate(rows):
-        pieces: list[list[int]] = [[] for _ in row["tokens"]]
-        for token, word in zip(encodings["input_ids"][i], encodings.word_ids(i)):
-            pieces[word].append(token)
-        truncated += any(len(p) > room for p in pieces)
-        pieces = [p[:room] or [tokenizer.unk_token_id] for p in pieces]
-        for first, last in _word_windows([len(p) for p in pieces], room, min(recipe.stride, room // 2)):
-            begins = [w if k == 0 else -1 for w in range(first, last) for k in range(len(pieces[w]))]
-            sequences.append(before + [t for w in range(first, last) for t in pieces[w]] + after)
-            begins = [-1] * len(before) + begins + [-1] * len(after)
-            owner.append(i), words.extend(begins)
-            tags.extend(IGNORED if w < 0 else index[row["tags"][w]] for w in begins)
-    return _flat(sequences, owner, examples=len(rows), truncated=truncated, token_targets={"tag": np.array(tags, dtype=np.int64), "word": np.array(words, dtype=np.int64)})
+    number, tags = np.full(len(pieces.values), -1, dtype=np.int32), np.full(len(pieces.values), IGNORED, dtype=np.int32)
+    number[pieces.starts[:-1]] = np.arange(first[-1]) - np.repeat(first[:-1], np.diff(first))
+    tags[pieces.starts[:-1]] = [index[tag] for r in rows for tag in r["tags"]]
+    total, windows = pieces.starts[first[1:]] - pieces.starts[first[:-1]], []
+    for i, (a, b) in enumerate(zip(first.tolist(), first[1:].tolist())):
+        found = [(0, b - a)] if total[i] <= room else _word_windows(pieces.sizes[a:b].tolist(), room, min(recipe.stride, room // 2))
+        windows += [(i, a + begin, a + end) for begin, end in found]
+    owner, begin, end = np.array(windows, dtype=np.int64).reshape(-1, 3).T
+    n, begins, sizes = len(owner), pieces.starts[begin], pieces.starts[end] - pieces.starts[begin]
+    ids, starts = laid([same(before, n), (pieces.values, begins, sizes), same(after, n)])
+    marks = {name: laid([same([fill] * len(before), n), (values, begins, sizes), same([fill] * len(after), n)])[0] for name, values, fill in (("tag", tags, IGNORED), ("word", number, -1))}
+    return _encoded(Pieces(ids, starts), owner, examples=len(rows), truncated=len(np.unique(np.searchsorted(first, long, side="right"))), token_targets=marks)
 
-# %% ../nbs/15_encoding.ipynb #7ff29333
+# %% ../nbs/15_encoding.ipynb #a429c937
 MAX_QUESTION = 64  # tokens. Source: google-research/xtreme, scripts/train_qa.sh, --max_query_length
 
 def _answer_tokens(
@@ -187,80 +165,95 @@ def _answer_characters(
     inside = np.flatnonzero((covers[:, 0] < end) & (covers[:, 1] > start))
     return (max(start, int(covers[inside[0], 0])), min(end, int(covers[inside[-1], 1]))) if inside.size else (0, 0)
 
-def pair_affixes(
-    tokenizer: Any,
-) -> tuple[list[int], list[int], list[int]]:  # ids put before, between and after a pair of texts
-    """The special tokens around a pair of texts."""
-    pair = tokenizer("1", "1")
-    ids, sides = pair["input_ids"], pair.sequence_ids(0)
-    if not {0, 1} <= set(sides):
-        raise XtransferError(f"the tokenizer {type(tokenizer).__name__} makes no tokens of a digit, so its special tokens cannot be told from others: {ids}.")
-    first, second = sides.index(0), sides.index(1)
-    return ids[:first], ids[first + sides.count(0):second], ids[second + sides.count(1):]
+def _token_windows(
+    lengths: np.ndarray,  # int64 [rows]: tokens of each row's context
+    room: np.ndarray,  # int64 [rows]: tokens of it that fit into a window
+    stride: int,  # tokens that neighbouring windows share
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # row, first token and token after the last of each window, int64 [windows]
+    """The windows over contexts."""
+    counts = -(-np.maximum(lengths - stride, 1) // (room - stride))
+    row = np.repeat(np.arange(len(lengths)), counts)
+    first = (room - stride)[row] * (np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts))
+    return row, first, np.minimum(first + room[row], lengths[row])
 
-def _token_windows(length: int, room: int, stride: int) -> list[tuple[int, int]]:
-    """First token and token after the last of each window; neighbours share `stride` tokens."""
-    return [(a, min(a + room, length)) for a in range(0, max(length - stride, 1), room - stride)]
-
-# %% ../nbs/15_encoding.ipynb #a322c0d2
+# %% ../nbs/15_encoding.ipynb #212d8cbf
 def encode_questions(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
     """One sequence per window of the context."""
     before, between, after = pair_affixes(tokenizer)
     room = recipe.max_length - MAX_QUESTION - len(before) - len(between) - len(after)
     if room < 8:
         raise XtransferError(f"question answering with max_length {recipe.max_length} leaves no room for the context; use at least {recipe.max_length + 8 - room}.")
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    questions = tokenizer([r["question"] for r in rows], **options)["input_ids"]
-    place = {context: i for i, context in enumerate(dict.fromkeys(r["context"] for r in rows))}
-    contexts = tokenizer(list(place), return_offsets_mapping=True, **options)
-    covers = [np.array(offsets, dtype=np.int64).reshape(-1, 2) for offsets in contexts["offset_mapping"]]
-    sequences, owner, spans, characters = [], [], [], []
-    for i, row in enumerate(rows):
-        context = place[row["context"]]
-        ids, begin = contexts["input_ids"][context], before + questions[i][:MAX_QUESTION] + between
-        answer = _answer_characters(row, covers[context])
-        for a, b in _token_windows(len(ids), recipe.max_length - len(begin) - len(after), min(recipe.stride, room // 2)):
-            window = np.full((len(begin) + b - a + len(after), 2), -1)
-            window[len(begin):len(begin) + b - a] = covers[context][a:b]
-            owner.append(i), sequences.append(begin + ids[a:b] + after), characters.append(window), spans.append(_answer_tokens(window, *answer))
-    return _flat(sequences, owner, examples=len(rows), truncated=sum(len(q) > MAX_QUESTION for q in questions), sequence_targets={"span": np.array(spans, dtype=np.int64).reshape(-1, 2)},
-                 token_targets={"characters": np.concatenate(characters)})
+    asked, place = ({text: i for i, text in enumerate(dict.fromkeys(r[column] for r in rows))} for column in ("question", "context"))
+    questions, (contexts, covers) = tokenized(tokenizer, list(asked))[0], tokenized(tokenizer, list(place), fact="offsets")
+    question, context = np.array([(asked[r["question"]], place[r["context"]]) for r in rows], dtype=np.int64).reshape(-1, 2).T
+    said, stride = np.minimum(questions.sizes, MAX_QUESTION), min(recipe.stride, room // 2)
+    row, first, end = _token_windows(contexts.sizes[context], recipe.max_length - len(before) - len(between) - len(after) - said[question], stride)
+    n, head = len(row), (questions.values, questions.starts[question[row]], said[question[row]])
+    body = contexts.starts[context[row]] + first, end - first
+    ids, starts = laid([same(before, n), head, same(between, n), (contexts.values, *body), same(after, n)])
+    outside = len(before) + head[2] + len(between)
+    characters, _ = laid([(np.full((recipe.max_length, 2), -1, dtype=np.int32), np.zeros(n, dtype=np.int64), outside), (covers, *body), same(np.full((len(after), 2), -1), n)])
+    spans = np.full((n, 2), -1, dtype=np.int64)
+    answers = [_answer_characters(r, covers[contexts.starts[c]:contexts.starts[c + 1]]) for r, c in zip(rows, context.tolist())]
+    for k, (i, a, size) in enumerate(zip(row.tolist(), *(part.tolist() for part in body))):
+        if answers[i] != (0, 0):
+            spans[k] = _answer_tokens(covers[a:a + size], *answers[i])
+    spans += np.where(spans >= 0, outside[:, None], 0)
+    return _encoded(Pieces(ids, starts), row, examples=len(rows), truncated=int((questions.sizes > MAX_QUESTION)[question].sum()), sequence_targets={"span": spans}, token_targets={"characters": characters})
 
-# %% ../nbs/15_encoding.ipynb #54aabf54
+# %% ../nbs/15_encoding.ipynb #677c6f95
+def _blocks(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, Pieces, np.ndarray]:  # text of each block, ids, side of each token
+    """Running text in consecutive blocks."""
+    before, after = special_affixes(tokenizer)
+    room, place = max_length - len(before) - len(after), {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    pieces, text = tokenized(tokenizer, list(place))[0], np.array([place[t] for t in texts], dtype=np.int64)
+    row, first, end = _token_windows(pieces.sizes[text], np.full(len(texts), room), 0)
+    parts = [same(before, len(row)), (pieces.values, pieces.starts[text[row]] + first, end - first), same(after, len(row))]
+    return row, Pieces(*laid(parts)), _sides(parts)
+
+def _sides(parts: Sequence[Part]) -> np.ndarray:
+    """The side of each token of sequences made of special tokens, a text and so on: 0, 1, 0, 2, 0."""
+    return np.repeat(np.tile(np.array([0, 1, 0, 2, 0], dtype=np.int32)[:len(parts)], len(parts[0][1])), np.stack([sizes for _, _, sizes in parts], axis=1).ravel())
+
+def _translations(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str], max_length: int) -> tuple[Pieces, np.ndarray, int]:  # ids, side of each token, pairs that were cut
+    """Texts with their translations, each pair one sequence."""
+    def own(rows: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+        found = tokenizer([texts[i] for i in rows], [pairs[i] for i in rows], truncation=True, max_length=max_length, return_attention_mask=False) if len(rows) else {"input_ids": []}
+        return found["input_ids"], [[0 if s is None else s + 1 for s in found.sequence_ids(k)] for k in range(len(rows))]
+
+    parts = parts_of(tokenizer, texts, pairs)
+    long = np.flatnonzero(sum(sizes for _, _, sizes in parts) > max_length) if parts else np.arange(len(texts))
+    short, sides = own(long)
+    if not parts:
+        lengths = [len(e) for e in tokenizer(list(texts), list(pairs), truncation=False, return_attention_mask=False, verbose=False)["input_ids"]]
+        return Pieces.of(short), Pieces.of(sides).values, sum(n > max_length for n in lengths)
+    ids = Pieces(*laid(parts))
+    return ids.exchanged(long, short), Pieces(_sides(parts), ids.starts).exchanged(long, sides).values, len(long)
+
 def encode_text(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
     """Blocks of running text, and pairs of a text and its translation."""
-    before, after = special_affixes(tokenizer)
-    room = recipe.max_length - len(before) - len(after)
-    single, double = [i for i, r in enumerate(rows) if not r["text_pair"]], [i for i, r in enumerate(rows) if r["text_pair"]]
-    sequences, sides, owner, truncated = [], [], [], 0
-    if single:
-        ids = tokenizer([rows[i]["text"] for i in single], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        blocks = [(i, tokens[k:k + room]) for i, tokens in zip(single, ids) for k in range(0, max(len(tokens), 1), room)]
-        owner += [i for i, _ in blocks]
-        sequences += [before + block + after for _, block in blocks]
-        sides += [[0] * len(before) + [1] * len(block) + [0] * len(after) for _, block in blocks]
-    if double:
-        options = {"truncation": True, "max_length": recipe.max_length, "return_attention_mask": False}
-        pairs = tokenizer([rows[i]["text"] for i in double], [rows[i]["text_pair"] for i in double], **options)
-        owner += double
-        sequences += pairs["input_ids"]
-        sides += [[0 if s is None else s + 1 for s in pairs.sequence_ids(k)] for k in range(len(double))]
-        truncated = sum(bool(e.overflowing) for e in pairs.encodings)
+    single, double = (np.array([i for i, r in enumerate(rows) if bool(r["text_pair"]) == paired], dtype=np.int64) for paired in (False, True))
+    block, found, sides = _blocks(tokenizer, [rows[i]["text"] for i in single], recipe.max_length)
+    owner, truncated = single[block], 0
+    if len(double):
+        pairs, more, truncated = _translations(tokenizer, [rows[i]["text"] for i in double], [rows[i]["text_pair"] for i in double], recipe.max_length)
+        owner, sides = np.concatenate([owner, double]), np.concatenate([sides, more])
+        found = Pieces(np.concatenate([found.values, pairs.values]), np.concatenate([found.starts, found.starts[-1] + pairs.starts[1:]]))
     order = np.argsort(owner, kind="stable")
-    flat_sides = np.fromiter(chain.from_iterable(sides[k] for k in order), dtype=np.int64)
-    return _flat([sequences[k] for k in order], [owner[k] for k in order], examples=len(rows), truncated=truncated, token_targets={"side": flat_sides})
+    ids, starts = laid([found.part(order)])
+    return _encoded(Pieces(ids, starts), owner[order], examples=len(rows), truncated=truncated, token_targets={"side": laid([Pieces(sides, found.starts).part(order)])[0]})
 
-# %% ../nbs/15_encoding.ipynb #01762594
+# %% ../nbs/15_encoding.ipynb #14d0ca03
 def encode_sentences(
     tokenizer: Any,
     sentences: Sequence[str],
     max_length: int,  # tokens
 ) -> Encoded:
     """One sequence per sentence, nothing to predict."""
-    ids, truncated = _ids_of_texts(tokenizer, list(sentences), None, max_length)
-    return _flat(ids, truncated=len(truncated))
+    pieces, truncated = ids_of_texts(tokenizer, list(sentences), None, max_length)
+    return _encoded(pieces, truncated=len(truncated))
 
-# %% ../nbs/15_encoding.ipynb #6a93e6d4
+# %% ../nbs/15_encoding.ipynb #420c0a5c
 MAX_QUERY = 96  # tokens. Source: google-research/xtreme, scripts/train_lareqa.sh, MAX_QUERY_LEN
 
 def encode_sides(
@@ -270,16 +263,15 @@ def encode_sides(
 ) -> Encoded:
     """One sequence per row, query or candidate, nothing to predict."""
     limits = {"query": min(MAX_QUERY, recipe.max_length), "candidate": recipe.max_length}
-    ids: list[list[int]] = [[] for _ in rows]
-    truncated = 0
+    found, order, truncated = [], [], 0
     for side, limit in limits.items():
         for paired in (False, True):
             chosen = [i for i, r in enumerate(rows) if r["side"] == side and bool(r["text_pair"]) == paired]
-            found, cut = _ids_of_texts(tokenizer, [rows[i]["text"] for i in chosen], [rows[i]["text_pair"] for i in chosen] if paired else None, limit)
+            pieces, cut = ids_of_texts(tokenizer, [rows[i]["text"] for i in chosen], [rows[i]["text_pair"] for i in chosen] if paired else None, limit)
+            found.append(pieces), order.extend(chosen)
             truncated += len(cut)
-            for i, sequence in zip(chosen, found):
-                ids[i] = sequence
-    return with_segments(tokenizer, _flat(ids, truncated=truncated))
+    joined = Pieces(np.concatenate([some.values for some in found]), np.concatenate([[0], *(some.sizes for some in found)]).cumsum())
+    return with_segments(tokenizer, _encoded(Pieces(*laid([joined.part(np.argsort(order))])), truncated=truncated))
 
 def encode_ranked(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
     """Two sequences per query, its own and that of its first right candidate; the target is the numbers of all its right candidates, the first one's first."""
@@ -288,22 +280,22 @@ def encode_ranked(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]],
         raise XtransferError(f"query {lost['id']} of task {task.name} asks for the candidates {', '.join(lost['relevant']) or 'none'}, which are not among the {len(candidates)} of its split.")
     asked = list(dict.fromkeys(q["relevant"][0] for q in queries))
     sides = encode_sides(tokenizer, [*queries, *(candidates[i] for i in asked)], recipe)
-    sequences, place = [s.tolist() for s in np.split(sides.ids, sides.starts[1:-1])], {i: len(queries) + k for k, i in enumerate(asked)}
+    place = {i: len(queries) + k for k, i in enumerate(asked)}
     number: dict[tuple[str, str], int] = {}
     numbers = [[number.setdefault((candidates[i]["text"], candidates[i]["text_pair"]), len(number)) for i in q["relevant"]] for q in queries]
     relevant = np.full((len(queries), max(map(len, numbers))), -1, dtype=np.int64)
     for row, found in zip(relevant, numbers):
         row[:len(found)] = found
-    pairs = [sequences[k] for i, q in enumerate(queries) for k in (i, place[q["relevant"][0]])]
-    return _flat(pairs, np.repeat(np.arange(len(queries)), 2), examples=len(queries), truncated=sides.truncated, example_targets={"relevant": relevant})
+    pairs = Pieces(sides.ids, sides.starts).part([k for i, q in enumerate(queries) for k in (i, place[q["relevant"][0]])])
+    return _encoded(Pieces(*laid([pairs])), np.repeat(np.arange(len(queries)), 2), examples=len(queries), truncated=sides.truncated, example_targets={"relevant": relevant})
 
-# %% ../nbs/15_encoding.ipynb #cdb336fd
+# %% ../nbs/15_encoding.ipynb #71f01721
 def encode_captions(tokenizer: Any, task: Task, rows: Sequence[Mapping[str, Any]], recipe: Recipe) -> Encoded:
     """One sequence per caption; the target is the picture, uint8 [side, side, 3]."""
     if len(shapes := {r["image"].shape for r in rows}) > 1:
         raise XtransferError(f"the images of task {task.name} differ in size: {', '.join(sorted(f'{shape[0]} x {shape[1]}' for shape in shapes))} pixels; its `read` has to bring them to one.")
-    ids, truncated = _ids_of_texts(tokenizer, [r["text"] for r in rows], None, recipe.max_length)
-    return _flat(ids, example_targets={"image": np.stack([r["image"] for r in rows])}, truncated=len(truncated))
+    pieces, truncated = ids_of_texts(tokenizer, [r["text"] for r in rows], None, recipe.max_length)
+    return _encoded(pieces, example_targets={"image": np.stack([r["image"] for r in rows])}, truncated=len(truncated))
 
 # %% ../nbs/15_encoding.ipynb #ef25710b
 ENCODERS = {"sequence_classification": encode_classification, "multiple_choice": encode_choices, "token_classification": encode_tagging,
@@ -318,7 +310,7 @@ def encode(
     """Encode examples of any trainable format."""
     return with_segments(tokenizer, ENCODERS[task.format](tokenizer, task, rows, recipe))
 
-# %% ../nbs/15_encoding.ipynb #9f41bf2d
+# %% ../nbs/15_encoding.ipynb #614f9ab8
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Sequences in one flat row, ascending by length."""
@@ -358,7 +350,7 @@ def make_batch(
     targets = {k: v[examples] for k, v in encoded.example_targets.items()} | {k: v[sequence] for k, v in encoded.sequence_targets.items()} \
         | {k: v[tokens] for k, v in encoded.token_targets.items()}
     return Batch(input_ids=torch.from_numpy(encoded.ids[tokens].astype(np.int64)), lengths=tuple(lengths.tolist()), example=torch.from_numpy(owner[order]),
-                 within=torch.from_numpy(within[order]), sequence=sequence, examples=len(examples), targets={k: torch.from_numpy(v) for k, v in targets.items()})
+                 within=torch.from_numpy(within[order]), sequence=sequence, examples=len(examples), targets={k: torch.from_numpy(v.astype(np.int64) if v.dtype == np.int32 else v) for k, v in targets.items()})
 
 def evaluation_batches(
     encoded: Encoded,

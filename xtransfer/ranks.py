@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEARNT', 'IN_BATCH', 'Sharding', 'PATIENCE', 'cut', 'target_count', 'whole_tensors', 'shard_like', 'layer_names',
-           'Ranks', 'check_ranks', 'meet']
+           'Alone', 'Ranks', 'check_ranks', 'meet']
 
-# %% ../nbs/16d_ranks.ipynb #6e291afc
+# %% ../nbs/16d_ranks.ipynb #9cb8f046
 import datetime
 import os
 from collections.abc import Callable, Mapping
@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -107,13 +105,32 @@ def layer_names(
         found |= {type(layer).__name__ for layer in part} if isinstance(part, nn.ModuleList) else layer_names(part)
     return found
 
-# %% ../nbs/16d_ranks.ipynb #9502b5a1
+# %% ../nbs/16d_ranks.ipynb #2f9c1d65
+class Alone:
+    """What a training asks of Accelerate, for one process."""
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def __init__(self) -> None:
+        self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The two as they are, the model on the device."""
+        return model.to(self.device), optimizer
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a loss to what the parameters have."""
+        loss.backward()
+
+    def free_memory(self) -> None:
+        """Nothing is kept between trainings."""
+
+# %% ../nbs/16d_ranks.ipynb #19f80a94
 Sharding = Literal["", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     """The processes that train a model together, seen from one of them."""
-    accelerator: Accelerator
+    accelerator: Any  # accelerate.Accelerator, or Alone
     sharding: Sharding = ""
 
     @property
@@ -181,7 +198,7 @@ class Ranks:
             distributed.broadcast_object_list(found, device=self.accelerator.device)
         return found[0]
 
-# %% ../nbs/16d_ranks.ipynb #2155d057
+# %% ../nbs/16d_ranks.ipynb #a6fff9b3
 PATIENCE = datetime.timedelta(days=7)  # ranks wait while the first one scores; that one has died is seen by torchrun and not by waiting
 
 def check_ranks(
@@ -216,13 +233,15 @@ def meet(
     if here != processes:
         raise XtransferError(f"{processes} process{'es were' if processes > 1 else ' was'} asked for, and this is one of {here}; start them with `torchrun --nproc_per_node {processes}`.")
     if processes == 1:
-        accelerator = Accelerator()
-    else:
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False) if sharding else None
-        handlers = [InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(find_unused_parameters=True)]  # a step trains one head of several
-        accelerator = Accelerator(cpu=not cuda, fsdp_plugin=plugin, kwargs_handlers=handlers)
-    wanted = "NO" if processes == 1 else "FSDP" if sharding else "MULTI_GPU" if cuda else "MULTI_CPU"
+        return Ranks(accelerator=Alone())
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False) if sharding else None
+    handlers = [InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(find_unused_parameters=True)]  # a step trains one head of several
+    accelerator = Accelerator(cpu=not cuda, fsdp_plugin=plugin, kwargs_handlers=handlers)
+    wanted = "FSDP" if sharding else "MULTI_GPU" if cuda else "MULTI_CPU"
     found = (accelerator.num_processes, accelerator.distributed_type.value, accelerator.device.type)
-    if found[:2] != (processes, wanted) or (processes > 1 and found[2] != ("cuda" if cuda else "cpu")):
+    if found != (processes, wanted, "cuda" if cuda else "cpu"):
         raise XtransferError(f"{processes} processes of the type {wanted} on {'cuda' if cuda else 'cpu'} were asked for, but Accelerate made {found[0]} of the type {found[1]} on {found[2]}; look for variables ACCELERATE_* in the environment.")
     return Ranks(accelerator=accelerator, sharding=sharding)

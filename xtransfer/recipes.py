@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['WORLD_PRETRAINING', 'WORLD_PRETRAININGS', 'WORLD_INTERMEDIATE', 'WORLD_TARGET', 'WORLD_TARGETS', 'WORLD_SENTENCES',
-           'WORLD_PROBE', 'WORLD_INTERMEDIATES', 'WORLD_RETRIEVAL', 'WORLD_SEEDS', 'WORLD_NOTE', 'WORLD_SECONDS',
-           'WORLD_PARAMETERS', 'PHANG_CLASSIFICATION', 'PHANG_TAGGING', 'PHANG_QA', 'PHANG_TARGETS',
-           'PHANG_INTERMEDIATES', 'PHANG_MEMORY', 'PAPER_NOTE', 'SENTENCES', 'XTREME_R_CHOICE', 'XTREME_R_LAREQA',
-           'XTREME_R_MEWSLIX', 'XTREME_R_TARGETS', 'XTREME_R_PREPARATIONS', 'world_pretraining', 'intermediate',
-           'world_cells', 'updates', 'prolonged', 'backbone_arms', 'factors_of', 'family_name', 'against',
-           'phang_recipe', 'phang_stage', 'phang_mixture']
+           'WORLD_PROBE', 'WORLD_INTERMEDIATES', 'WORLD_RETRIEVAL', 'WORLD_SEEDS', 'WORLD_NOTE', 'WORLD_PARAMETERS',
+           'PHANG_CLASSIFICATION', 'PHANG_TAGGING', 'PHANG_QA', 'PHANG_TARGETS', 'PHANG_INTERMEDIATES', 'PHANG_MEMORY',
+           'PAPER_NOTE', 'SENTENCES', 'XTREME_R_CHOICE', 'XTREME_R_LAREQA', 'XTREME_R_MEWSLIX', 'XTREME_R_TARGETS',
+           'XTREME_R_PREPARATIONS', 'world_pretraining', 'intermediate', 'world_cells', 'updates', 'prolonged',
+           'backbone_arms', 'factors_of', 'family_name', 'against', 'phang_recipe', 'phang_stage', 'phang_mixture']
 
 # %% ../nbs/12_recipes.ipynb #0e258bb0
 import math
@@ -50,12 +49,11 @@ WORLD_TARGETS = {"world_xnli": replace(WORLD_TARGET, epochs=12), "world_udpos": 
 WORLD_SENTENCES = Recipe(name="world-sentences", learning_rate=0.0, batch_size=64, max_length=64)
 WORLD_PROBE = Recipe(name="world-probe", learning_rate=1e-2, batch_size=32, max_steps=100, max_length=128, dev_limit=100, source="of throw-away heads on frozen features; declared before results, not tuned")
 
-# %% ../nbs/12_recipes.ipynb #e1c29afb
+# %% ../nbs/12_recipes.ipynb #f6d3ae2b
 WORLD_INTERMEDIATES = {"nli": "world_mnli", "qa": "world_squad2", "mc": "world_csqa", "tagging": "world_ccg"}
 WORLD_RETRIEVAL = ("world_tatoeba", "world_bucc")
 WORLD_SEEDS = (0, 1, 2)
 WORLD_NOTE = "A synthetic world: languages, sentences and tasks are generated, and the encoder is pretrained on them from random weights. It shows how transfer behaves in a small model; it says nothing about a real language."
-WORLD_SECONDS = {"pretrain": 230, "intermediate": 30, "target": 4, "retrieval": 3, "probe": 10}  # of one run on one core of the machine on which the records were made
 
 def world_pretraining(backbone: str, steps: int | None = None) -> Stage:
     """The first stage of a backbone of the world."""

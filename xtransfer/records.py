@@ -79,7 +79,7 @@ def read_record(
     except (TypeError, KeyError) as error:
         raise XtransferError(f"{path} is damaged: {error}; delete its folder and run it again.") from error
 
-# %% ../nbs/10_records.ipynb #2a51e83d
+# %% ../nbs/10_records.ipynb #b70ea376
 PACKAGES = ("xtransfer", "torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "papermill", "numpy", "pandas", "scipy")
 
 def _git_commit() -> str | None:
@@ -93,6 +93,12 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
 
+def _processor() -> str:
+    """The model of this machine's processor, as far as its system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+
 @lru_cache(maxsize=1)
 def environment() -> dict[str, Any]:
     """Versions, hardware and commit of this process."""
@@ -104,7 +110,7 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", "packages": versions, "cpus": os.cpu_count(),
+    return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", "packages": versions, "processor": _processor(), "cpus": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1), "git_commit": _git_commit()}
 
 # %% ../nbs/10_records.ipynb #753ea907

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'template_path', 'check_parameters', 'run_parameters', 'Busy', 'work_folder', 'run_status', 'has_checkpoint',
-           'execute', 'check_same_data', 'Work', 'remaining', 'estimate_seconds', 'gpu_count', 'gpus_of_worker',
-           'worker_count', 'check_writable', 'Outcome', 'format_duration', 'run_study']
+           'execute', 'check_same_data', 'Work', 'remaining', 'gpu_count', 'gpus_of_worker', 'worker_count',
+           'check_writable', 'threads_of_run', 'estimate_study', 'Outcome', 'run_study']
 
-# %% ../nbs/21_runs.ipynb #5579169f
+# %% ../nbs/21_runs.ipynb #c4f2147d
 import datetime
 import os
 import shutil
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from .backbones import BACKBONES
 from .core import XtransferError, nearest, package_folder, plain, read_json, write_json, write_text
+from .cost import Estimate, estimate, format_duration, this_machine
 from .model_cards import CARD_NAME, model_card
 from .records import NOTEBOOK_NAME, RECORD_NAME, Record, Score, environment, read_record, run_folder, study_records
 from .sources import DATA_VARIABLE, data_folder, resolved_revision
@@ -276,7 +276,7 @@ def check_same_data(
                 if then != current and asked not in (then, current):  # the asked branch itself stands where nobody could say what it is
                     raise XtransferError(f"{repo} would be read at {current}, but run {record.run} in {outputs} read it at {then}; give another --outputs folder, or the data folder that those runs had.")
 
-# %% ../nbs/21_runs.ipynb #37b45168
+# %% ../nbs/21_runs.ipynb #f2643d97
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """A run that has to be executed."""
@@ -300,25 +300,6 @@ def remaining(
             if run.parent:
                 needed.add(run.parent.digest)
     return left[::-1]
-
-def estimate_seconds(
-    study: Study,
-    outputs: str | Path,
-    work: Sequence[Work],
-    workers: int,
-) -> tuple[float | None, str]:  # seconds, and what the estimate rests on
-    """How long the remaining runs will take: from this study's finished runs, else from the study's reference."""
-    known: dict[str, list[float]] = {}
-    for run in study.plan():
-        path = run_folder(outputs, run) / RECORD_NAME
-        if path.exists():
-            known.setdefault(run.template, []).append(read_record(path.parent).seconds["total"])
-    typical = {template: statistics.fmean(values) for template, values in known.items()}
-    basis = "finished runs of this study" if typical else "the study's reference machine"
-    costs = [typical.get(w.run.template, study.reference_seconds.get(w.run.template)) for w in work]
-    if any(cost is None for cost in costs):
-        return None, "no run has finished yet and the study names no reference"
-    return sum(c + 1.0 for c in costs) / max(1, workers), basis
 
 # %% ../nbs/21_runs.ipynb #ad2c323e
 def gpu_count() -> int:
@@ -352,7 +333,29 @@ def check_writable(outputs: str | Path) -> None:
     except OSError as error:
         raise XtransferError(f"cannot write to the output folder {outputs}: {error.strerror or error}.") from error
 
-# %% ../nbs/21_runs.ipynb #1201cb6d
+# %% ../nbs/21_runs.ipynb #1476efe0
+def threads_of_run(workers: int, processes: int = 1) -> int:
+    """The cores divided among everything that runs at a time."""
+    return max(1, (os.cpu_count() or 1) // (workers * processes))
+
+def estimate_study(
+    study: Study,
+    outputs: str | Path,
+    work: Sequence[Work],  # what is left
+    workers: int,
+    threads: int | None = None,  # None: the cores divided among the workers
+    processes: int = 1,
+    measuring: Callable[[], None] | None = None,  # called before this machine is measured for the first time; None: it is not measured
+) -> Estimate | None:
+    """What the remaining runs will take on this machine; None where it was not measured yet.
+
+    Raises: XtransferError when it cannot be measured.
+    """
+    gpus, threads = gpu_count(), threads or threads_of_run(workers, processes)
+    machine = this_machine(threads, workers, gpus, measuring) if work else None
+    return estimate(study, [w.run for w in work], outputs, machine, threads, workers, gpus, processes) if machine else None
+
+# %% ../nbs/21_runs.ipynb #05a2d6e9
 @dataclass(kw_only=True)
 class Outcome:
     """What became of a study's runs."""
@@ -363,11 +366,7 @@ class Outcome:
 def _descends(run: Run, ancestor: Run) -> bool:
     return run.backbone == ancestor.backbone and len(run.stages) > len(ancestor.stages) and run.stages[:len(ancestor.stages)] == ancestor.stages
 
-def format_duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-# %% ../nbs/21_runs.ipynb #b8778cb7
+# %% ../nbs/21_runs.ipynb #717ea6a1
 def run_study(
     study: Study,
     outputs: str | Path,
@@ -378,6 +377,7 @@ def run_study(
     report: Callable[[str], None] = print,  # gets one line per finished run
     processes: int = 1,  # that train a run together
     sharding: str = "",  # "full": weights divided among them
+    estimated: Estimate | None = None,  # of what is left, for the lines that say how long it will take
 ) -> Outcome:
     """Execute every run of a study that is not finished.
 
@@ -387,13 +387,14 @@ def run_study(
         from xtransfer.ranks import check_ranks  # imports torch
         check_ranks(processes, sharding, gpu_count())
     workers = workers or worker_count(processes)
-    threads = threads or max(1, (os.cpu_count() or 1) // (workers * processes))
-    waiting, outcome, spent = remaining(study, outputs, keep_checkpoints), Outcome(), {}
+    threads = threads or threads_of_run(workers, processes)
+    waiting, outcome, spent = remaining(study, outputs, keep_checkpoints), Outcome(), []
     if waiting:
         check_same_data(study, outputs)
-    def expected(template: str) -> float:  # seconds of a run: what such runs took here, else the study's reference, else what any run took
-        took = spent.get(template) or [study.reference_seconds.get(template) or statistics.fmean(s for group in spent.values() for s in group)]
-        return statistics.fmean(took)
+    def expected(run: Run) -> float:  # seconds: as estimated, times by how much longer such runs take here; without an estimate what such runs took, or any
+        alike = [(e, s) for template, e, s in spent if template == run.template] or [(e, s) for _, e, s in spent]
+        return (foreseen.get(run) or 1.0) * sum(s for _, s in alike) / sum(e for e, _ in alike)
+    foreseen = dict(zip(estimated.runs, estimated.seconds)) if estimated else {}
     total, unfinished = len(waiting), {w.run.digest for w in waiting}
     free, running = list(range(workers)), {}
     pool = ThreadPoolExecutor(workers)
@@ -419,8 +420,8 @@ def run_study(
                 else:
                     raise error
                 ended = len(outcome.done) + len(outcome.failed) + len(outcome.skipped)
-                spent.setdefault(item.run.template, []).append(time.monotonic() - since)
-                left = sum(expected(w.run.template) for w in waiting + [r[0] for r in running.values()]) / workers
+                spent.append((item.run.template, foreseen.get(item.run) or 1.0, time.monotonic() - since))
+                left = sum(expected(w.run) for w in waiting + [r[0] for r in running.values()]) / workers
                 report(f"[{ended:>{len(str(total))}}/{total}] {time.monotonic() - since:6.1f} s  {'failed  ' if error else ''}{item.run.id}" + (f"  (about {format_duration(left)} left)" if total > ended else ""))
     except BaseException:
         from xtransfer.warm import kill_kernels

@@ -203,7 +203,7 @@ def _obstacle(cell: Cell) -> str | None:
     asked = [(cell.target, run.stage), *((task, stage) for stage in reversed(run.stages) for task in (*stage.score, *stage.train))]
     return next((reason for task, stage in asked if (reason := unsuitable(BACKBONES[run.backbone], TASKS[task], stage.recipe.max_length))), None)
 
-# %% ../nbs/09_studies.ipynb #cd620df4
+# %% ../nbs/09_studies.ipynb #0d7f1353
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """A question, the runs that answer it, and the comparisons that will be made."""
@@ -214,7 +214,6 @@ class Study:
     contrasts: tuple[Contrast, ...]
     distance: str = "syntactic"  # which of Language.distances the figures use
     note: str = ""  # what a reader must know about the data and the backbone
-    reference_seconds: Mapping[str, float] = field(default_factory=dict)  # template -> seconds of one run on one core of the machine that the note names
     inapplicable: tuple[Inapplicable, ...] = ()  # cells that the backbone cannot do; they are moved here from `cells`
     instead_of: tuple[str, ...] = ()  # the declared backbones, where another has taken their place
     baselines: tuple[str, ...] = ("none",)  # arms without intermediate training; what a trained arm differs from one of them is its gain
@@ -288,7 +287,7 @@ class Study:
             return self
         dropped = int(BACKBONES[chosen].checkpoint is not None and all(map(_pretrains, self.declared)))
         instead_of = self.instead_of or self.backbones
-        return replace(self.with_runs(lambda run: Run(backbone=chosen, stages=run.stages[dropped:])), instead_of=instead_of, reference_seconds={})
+        return replace(self.with_runs(lambda run: Run(backbone=chosen, stages=run.stages[dropped:])), instead_of=instead_of)
 
 # %% ../nbs/09_studies.ipynb #9ff444db
 def _check_limits(study: Study, train: int | None, score: int | None, languages: Sequence[str]) -> None:

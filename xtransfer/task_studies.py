@@ -7,13 +7,13 @@ __all__ = ['MULTITASK_QUESTION', 'UNIFORM', 'MIXINGS', 'SURGERY', 'MULTITASK_CON
            'PHANG_SUPPORT', 'PHANG_REDUCED', 'DIVERSITY_QUESTION', 'PROBE', 'RANDOM_SETS', 'schedule_arms', 'set_name',
            'published_sets']
 
-# %% ../nbs/12c_task_studies.ipynb #3ebca4d2
+# %% ../nbs/12c_task_studies.ipynb #04da69d5
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
 from .recipes import (
-    PHANG_INTERMEDIATES, PHANG_TARGETS, PAPER_NOTE, SENTENCES, WORLD_INTERMEDIATES, WORLD_NOTE, WORLD_PROBE, WORLD_SECONDS, WORLD_SEEDS, WORLD_TARGETS, XTREME_R_PREPARATIONS, XTREME_R_TARGETS,
+    PHANG_INTERMEDIATES, PHANG_TARGETS, PAPER_NOTE, SENTENCES, WORLD_INTERMEDIATES, WORLD_NOTE, WORLD_PROBE, WORLD_SEEDS, WORLD_TARGETS, XTREME_R_PREPARATIONS, XTREME_R_TARGETS,
     against, intermediate, phang_mixture, phang_stage, updates, world_cells, world_pretraining)
 from .studies import STUDIES, Cell, Contrast, Mixing, Recipe, Run, Stage, Study, StudyDeclaration, intermediate_cells
 from .tasks import TASKS
@@ -53,7 +53,7 @@ def schedule_arms(
         arms |= {"sequential, small support": (stage((small,), first), {}, recipe), "joint, small support": ((), _joint(target, small, total, UNIFORM), total)}
     return {name: arm for name, arm in arms.items() if not only or name in only}
 
-# %% ../nbs/12c_task_studies.ipynb #cd1ee309
+# %% ../nbs/12c_task_studies.ipynb #bc86b043
 MULTITASK_CONTRASTS = (("joint, uniform", "sequential"), ("multi, then target", "sequential"), ("multi, then joint", "multi, then target"), ("joint, PCGrad", "joint, averaged"), ("joint, averaged", "joint, uniform"),
                        ("joint, capped", "joint, proportional"), ("joint, temperature 2", "joint, proportional"), ("joint, temperature 5", "joint, proportional"), ("joint, uniform", "joint, proportional"),
                        ("joint, small support", "sequential, small support"))
@@ -61,13 +61,12 @@ CORE = ("target only", "sequential", "joint, uniform")
 WORLD_SUPPORT = {"world_xquad": ("world_squad2", "world_squad2@sample-50", "world_xquad@sample-10"), "world_xnli": ("world_mnli", None, "world_xnli@sample-30")}  # target -> support, small support, reduced target
 WORLD_FIRST = replace(intermediate("world_mnli")[0].recipe, max_steps=100)
 
-def _multitask_study(profile: str, cells: tuple[Cell, ...], note: str, seconds: Mapping[str, float] | None = None) -> Study:
+def _multitask_study(profile: str, cells: tuple[Cell, ...], note: str) -> Study:
     """The declared comparisons of all schedules."""
     arms = tuple(dict.fromkeys(cell.arm for cell in cells))
     contrasts = against("target only", arms) + tuple(Contrast(treatment=a, baseline=b) for a, b in MULTITASK_CONTRASTS if a in arms and b in arms)
     factors = {arm: {"schedule": arm.split(", ")[0] if arm.startswith("joint") else arm, "mixing": arm.partition(", ")[2] if arm.startswith("joint, ") and arm not in SURGERY else "", "gradients": SURGERY.get(arm, "one_task")} for arm in arms}
-    return Study(name="multitask", profile=profile, question=MULTITASK_QUESTION, cells=cells, contrasts=contrasts, distance="typological" if profile in ("smoke", "mini") else "syntactic", note=note, baselines=("target only",), factors=factors,
-                 reference_seconds=seconds or {})
+    return Study(name="multitask", profile=profile, question=MULTITASK_QUESTION, cells=cells, contrasts=contrasts, distance="typological" if profile in ("smoke", "mini") else "syntactic", note=note, baselines=("target only",), factors=factors)
 
 def _multitask_world(profile: str, seeds: Sequence[int] = WORLD_SEEDS, targets: tuple[str, ...] = tuple(WORLD_SUPPORT), only: tuple[str, ...] = (), pretraining_steps: int | None = None) -> Study:
     """Schedules on the world."""
@@ -80,7 +79,7 @@ def _multitask_world(profile: str, seeds: Sequence[int] = WORLD_SEEDS, targets: 
             for arm, (stages, changes, of) in schedule_arms(target, support, recipe, WORLD_FIRST, pool, other, wanted).items():
                 cells += world_cells({arm: stages}, {target: of}, (), seeds, pretraining_steps=pretraining_steps, exceptions=changes)
     note = WORLD_NOTE + " Every schedule of a target has the same number of updates. The reduced targets are random tenths, with the core schedules only."
-    return _multitask_study(profile, cells, note, WORLD_SECONDS | {"target": 20, "intermediate": 15})
+    return _multitask_study(profile, cells, note)
 
 # %% ../nbs/12c_task_studies.ipynb #acca14a0
 PHANG_SUPPORT = {"tydiqa": "squad2", "pawsx": "mnli", "panx": "hellaswag", "udpos": "commonsense_qa"}  # the last is smaller than its target
@@ -103,7 +102,7 @@ STUDIES.register(StudyDeclaration(name="multitask", question=MULTITASK_QUESTION,
     "smoke": lambda: _multitask_world("smoke", (0,), ("world_xquad",), ("target only", "sequential", "joint, PCGrad"), 250),
     "mini": lambda: _multitask_world("mini"), "small": lambda: _multitask_published("small"), "paper": lambda: _multitask_published("paper")}))
 
-# %% ../nbs/12c_task_studies.ipynb #a1080a21
+# %% ../nbs/12c_task_studies.ipynb #49f29779
 DIVERSITY_QUESTION = "Does a more diverse set of intermediate tasks, or one chosen for the target, make zero-shot transfer more robust for the languages that profit least?"
 
 def set_name(members: Sequence[str]) -> str:
@@ -119,12 +118,12 @@ def _probes(backbone: str, arms: Mapping[str, tuple[Stage, ...]], measure: tuple
             found.append(Cell(arm=arm, target="", seed=seed, run=Run(backbone=backbone, stages=tuple(replace(stage, seed=seed) for stage in path))))
     return tuple(found)
 
-def _diversity_study(profile: str, cells: tuple[Cell, ...], probes: tuple[Cell, ...], pool: Mapping[str, str], note: str, distance: str, seconds: Mapping[str, float] | None = None) -> Study:
+def _diversity_study(profile: str, cells: tuple[Cell, ...], probes: tuple[Cell, ...], pool: Mapping[str, str], note: str, distance: str) -> Study:
     """Every set against none."""
     arms = tuple(dict.fromkeys(cell.arm for cell in cells))
     members = {arm: tuple(name for name in pool if name in arm.split(" & ")) for arm in arms}
     factors = {arm: {"members": found, "size": len(found), "tasks": tuple(pool[name] for name in found)} for arm, found in members.items()}
-    return Study(name="diversity", profile=profile, question=DIVERSITY_QUESTION, cells=cells, contrasts=against("none", arms), distance=distance, note=note, factors=factors, probes=probes, reference_seconds=seconds or {})
+    return Study(name="diversity", profile=profile, question=DIVERSITY_QUESTION, cells=cells, contrasts=against("none", arms), distance=distance, note=note, factors=factors, probes=probes)
 
 def _diversity_world() -> Study:
     """Every set of the world's intermediate tasks."""
@@ -134,7 +133,7 @@ def _diversity_world() -> Study:
     targets = {target: recipe for target, recipe in WORLD_TARGETS.items() if target != "world_udpos"}  # three targets, so that every set fits into some minutes
     measure = (*WORLD_INTERMEDIATES.values(), *targets)
     return _diversity_study("mini", world_cells(arms, targets, ()), _probes("world-xlmr", singles, measure, WORLD_PROBE, WORLD_SEEDS, world_pretraining("world-xlmr")), WORLD_INTERMEDIATES,
-                            WORLD_NOTE + " Sets are trained in equal shares for as many updates as a single task.", "typological", WORLD_SECONDS)
+                            WORLD_NOTE + " Sets are trained in equal shares for as many updates as a single task.", "typological")
 
 PROBE = replace(WORLD_PROBE, name="probe", max_length=256, stride=128, dev_limit=1000)
 RANDOM_SETS = {2: 6, 3: 6, 5: 6}  # size -> sets drawn

@@ -269,7 +269,7 @@ def _repair(example: dict[str, Any], keep_lost: bool) -> tuple[dict[str, Any] | 
         return None, moved, lost
     return example | {"answers": [a for a, _ in kept], "starts": [s for _, s in kept]}, moved, lost
 
-# %% ../nbs/03_tasks.ipynb #c202218f
+# %% ../nbs/03_tasks.ipynb #ff6e9615
 def _written(example: dict[str, Any]) -> dict[str, Any]:
     """An example as plain values: a picture by its fingerprint."""
     return example | {"image": hashlib.sha256(example["image"].tobytes()).hexdigest()} if "image" in example else example
@@ -280,7 +280,7 @@ class Examples:
     task: str
     language: str
     split: str
-    rows: list[dict[str, Any]] = field(repr=False)
+    rows: Sequence[dict[str, Any]] = field(repr=False)
     available: int  # rows in the source; of a random sample, the rows that it was drawn from
     expected: int | None  # published rows; None when not declared
     repaired: int = 0  # answers whose offset was moved
@@ -293,13 +293,18 @@ class Examples:
         """Whether these are fewer rows than the published split has."""
         return bool(len(self.rows) + self.dropped + self.unlabelled < (self.expected or self.available))
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A fingerprint of all rows in their order, 64 hexadecimal digits."""
+        return digest([_written(row) for row in self.rows], 64)
+
     @property
     def facts(self) -> dict[str, Any]:
         """The record's entry about this data, with a fingerprint of the content."""
         surplus = self.available - self.expected if self.expected and self.available > self.expected else 0
         note = "; ".join(part for part in (self.note, f"{surplus} rows more than published" if surplus else "") if part)
         return {"task": self.task, "language": self.language, "split": self.split, "rows": len(self.rows), "available": self.available, "expected": self.expected, "capped": self.capped,
-                "repaired": self.repaired, "dropped": self.dropped, "unlabelled": self.unlabelled, "note": note, "fingerprint": digest([_written(row) for row in self.rows])}
+                "repaired": self.repaired, "dropped": self.dropped, "unlabelled": self.unlabelled, "note": note, "fingerprint": self.fingerprint[:12]}
 
 # %% ../nbs/03_tasks.ipynb #433ffb48
 def is_unlabelled(example: Mapping[str, Any]) -> bool:

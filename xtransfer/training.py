@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['Sampler', 'learning_rate', 'set_up', 'make_optimizer', 'Progress', 'trained_tensors', 'load_trained', 'save_state',
-           'load_state', 'TrainingLog', 'StepBar', 'evaluation_steps', 'averaged_steps', 'average_tensors', 'Fitted',
-           'fit']
+           'load_state', 'evaluation_steps', 'averaged_steps', 'average_tensors', 'Fitted', 'fit']
 
-# %% ../nbs/17_training.ipynb #2f887c83
+# %% ../nbs/17_training.ipynb #aac36768
 import json
 import math
 import os
@@ -26,14 +25,18 @@ from safetensors.torch import load_file, save_file
 
 from .adapters import add_adapters, arithmetic, use_checkpointing
 from .core import XtransferError, derive_seed, read_json, write_json
-from .encoding import Encoded, make_batch
+from .encoding import Batch, Encoded, make_batch
+from .clipping import clipped_step
 from .gradients import TaskGradients, draw_shares, mean_cosines, new_agreement, recent_cosines
 from .modeling import StageModel
 from .objectives import Corruption
 from .perturbation import perturbed
+from .pieces import computed_in_pieces, uncut
+from .progress import StepBar, TrainingLog
 from .ranks import Ranks, meet, shard_like, whole_tensors
 from .studies import Mixing, Recipe
 from .tasks import PRETRAINING_FORMATS
+from .vocabulary import Trimmed, keep_rows, trimmed_vocabulary, whole_because
 
 # %% ../nbs/17_training.ipynb #d3150565
 class Sampler:
@@ -97,7 +100,7 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay}, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, eps=recipe.adam_epsilon, fused=True)
 
-# %% ../nbs/17_training.ipynb #ad6689fc
+# %% ../nbs/17_training.ipynb #be53efdd
 @dataclass(kw_only=True)
 class Progress:
     """Everything about a training that has a history, apart from tensors."""
@@ -110,6 +113,7 @@ class Progress:
     loss_sum: float = 0.0  # since the last line of the log
     loss_count: int = 0
     agreement: list[dict[str, Any]] = field(default_factory=list)  # of the tasks' gradients, see new_agreement
+    pieces: int = 1  # in which a batch is computed, because more does not fit into memory
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What training changes: every weight that is not frozen, once, and buffers."""
@@ -185,52 +189,6 @@ def load_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
         raise XtransferError(f"the training state {states[-1]} cannot be used ({str(error).splitlines()[0]}); delete that folder to train this stage again.") from error
     return progress
 
-# %% ../nbs/17_training.ipynb #de2e2122
-class TrainingLog:
-    """A JSONL file of losses and development scores."""
-
-    def __init__(
-        self,
-        path: Path,
-        step: int,  # keep lines up to this step
-    ) -> None:
-        kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step] if path.exists() and step else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "w", buffering=1)
-        for line in kept:
-            self._file.write(line + "\n")
-
-    def write(self, **row: Any) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(row) + "\n")
-
-class StepBar:
-    """A line that says how far a stage is and how long it will take; replaces itself in a notebook, and is a tqdm bar elsewhere."""
-
-    def __init__(self, steps: int, done: int, shown: bool = True, label: str = "") -> None:
-        from IPython import get_ipython
-
-        self.label, self.steps, self.begun, self.first, self.shown = label, steps, time.monotonic(), done, 0.0
-        shell = get_ipython()
-        self._display = self._bar = None
-        if shell is not None and hasattr(shell, "kernel"):
-            from IPython.display import display
-            self._display = display("starting", display_id=True)
-        else:
-            from tqdm import tqdm
-            self._bar = tqdm(desc=label or None, total=steps, initial=done, unit="step", mininterval=1.0, leave=False, **({} if shown else {"disable": True}))
-
-    def update(self, step: int, loss: float | None = None) -> None:
-        """Show the state after a step, at most once a second."""
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-        elif now - self.shown > 1 or step == self.steps:
-            self.shown, spent = now, now - self.begun
-            left = spent / max(1, step - self.first) * (self.steps - step)
-            text = (f"{self.label}: " if self.label else "") + f"step {step} of {self.steps}" + (f", loss {loss:.3f}" if loss is not None else "") + (f", about {left:.0f} s left" if step < self.steps else f", {spent:.0f} s")
-            self._display.update({"text/plain": text}, raw=True)
-
 # %% ../nbs/17_training.ipynb #0a561b95
 def evaluation_steps(
     steps: int,  # updates of the training
@@ -267,7 +225,7 @@ def average_tensors(
         kinds = {name: value.dtype for name, value in model.items()}
     return {name: (value / count).to(kinds[name]) if value.is_floating_point() else value for name, value in total.items()}
 
-# %% ../nbs/17_training.ipynb #707529bb
+# %% ../nbs/17_training.ipynb #08b76af0
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
     """What a training came to."""
@@ -275,13 +233,15 @@ class Fitted:
     steps: int
     folder: Path  # holds best-*.safetensors and average-*.safetensors
     averaged: tuple[int, ...] = ()  # evaluations whose weights are averaged
+    trimmed: Trimmed | None = None  # the rows of the embedding table that were trained; None: all, or as the model says
+    vocabulary: str | dict[str, int] = ""  # for the record: how many rows of how many were trained, or why all
 
     @property
     def facts(self) -> dict[str, Any]:
         """The record's entry about this training."""
         p, cosines = self.progress, mean_cosines(self.progress.agreement)
         return {"steps": self.steps, "tokens": p.tokens, "best_step": p.best_step, "best_dev": p.best_dev, "last_dev": p.dev[-1]["mean"], "dev": p.dev,
-                **({"gradient_cosines": cosines} if cosines else {}), **({"averaged_steps": list(self.averaged)} if self.averaged else {})}
+                "vocabulary": self.vocabulary, **({"pieces": p.pieces} if p.pieces > 1 else {}), **({"gradient_cosines": cosines} if cosines else {}), **({"averaged_steps": list(self.averaged)} if self.averaged else {})}
 
     @property
     def selections(self) -> tuple[str, ...]:
@@ -293,20 +253,24 @@ class Fitted:
         """Whether "best" and "last" are the same weights."""
         return self.progress.best_step == self.steps
 
+    def _whole(self, tensors: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
+        """What was stored after an update, with the full embedding table."""
+        return tensors if self.trimmed is None else self.trimmed.whole(tensors, step)
+
     def weights(self, selection: str) -> dict[str, torch.Tensor]:
         """What training changed, in one of the selections."""
         if selection == "average":
-            return average_tensors(load_file(self.folder / f"average-{step:08d}.safetensors") for step in self.averaged)
+            return average_tensors(self._whole(load_file(self.folder / f"average-{step:08d}.safetensors"), step) for step in self.averaged)
         if selection == "best":
-            return load_file(self.folder / f"best-{self.progress.best_step:08d}.safetensors")
+            return self._whole(load_file(self.folder / f"best-{self.progress.best_step:08d}.safetensors"), self.progress.best_step)
         stored = load_file(self.folder / f"state-{self.steps:08d}" / "tensors.safetensors")
-        return {k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")}
+        return self._whole({k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")}, self.steps)
 
     def load(self, model: StageModel, selection: str) -> None:
         """Give the model the weights of a selection."""
         load_trained(model, self.weights(selection))
 
-# %% ../nbs/17_training.ipynb #50cbc287
+# %% ../nbs/17_training.ipynb #16824463
 @dataclass(frozen=True, kw_only=True)
 class _Updates:
     """What the gradients of all updates are computed from."""
@@ -318,29 +282,51 @@ class _Updates:
     corrupt: Corruption | None
     ranks: Ranks
     gradients: TaskGradients
+    optimizer: Any  # AdamW, perhaps as Accelerate wraps it
+    tables: Sequence[torch.nn.Parameter]  # whose gradients are mostly rows of zeros
+
+    def _pass(self, task: str, step: int, batch: Batch, weight: float) -> torch.Tensor:
+        """The loss of a batch or a piece of it, times its weight, and its gradient."""
+        device = self.ranks.accelerator.device
+        batch = batch.to(device)
+        with arithmetic(self.recipe, device), perturbed(self.model, batch, task, self.recipe, derive_seed(self.seed, "perturbation", step)):
+            loss, _ = self.together(batch, task)
+        loss = loss * weight if weight else loss.nan_to_num() * 0.0
+        self.ranks.accelerator.backward(loss)
+        return loss.detach()
 
     def backward(
         self,
         parts: Sequence[tuple[str, np.ndarray]],  # tasks and their examples
         step: int,
-        agreement: list[dict[str, Any]],  # of the tasks' gradients; changed
+        progress: Progress,  # agreement of the tasks' gradients and number of pieces; changed
     ) -> tuple[dict[str, torch.Tensor], int]:  # the tasks' losses, which add up to that of the update; real tokens
         """Leave the gradient of one update."""
-        losses, tokens, accelerator = {}, 0, self.ranks.accelerator
+        losses, tokens = {}, 0
         for task, examples in parts:
-            batch = make_batch(self.data[task], examples)
-            if self.model.formats[task] == "masked_lm":
+            batch, format = make_batch(self.data[task], examples), self.model.formats[task]
+            if format == "masked_lm":
                 batch = self.corrupt(batch, derive_seed(self.seed, "mask", step))
-            share, weight = self.ranks.share(batch, self.data[task], self.model.formats[task], self.seed, step)
-            share = share.to(accelerator.device)
-            with arithmetic(self.recipe, accelerator.device), perturbed(self.model, share, task, self.recipe, derive_seed(self.seed, "perturbation", step)):
-                loss, _ = self.together(share, task)
-            loss = loss * (weight * len(examples) / self.recipe.batch_size) if weight else loss.nan_to_num() * 0.0
-            accelerator.backward(loss)
+            share, weight = self.ranks.share(batch, self.data[task], format, self.seed, step)
+            weight *= len(examples) / self.recipe.batch_size
+            losses[task], progress.pieces = computed_in_pieces(
+                lambda piece, part: self._pass(task, step, piece, weight * part), self.optimizer.zero_grad, share, self.data[task].example_targets, progress.pieces,
+                uncut(format, self.ranks.count, self.recipe.perturbation != "none"))
             self.gradients.take()
-            losses[task], tokens = loss.detach(), tokens + sum(batch.lengths)
-        self.gradients.give(agreement, step)
+            tokens += sum(batch.lengths)
+        self.gradients.give(progress.agreement, step)
         return losses, tokens
+
+    def update(self, rate: float) -> None:
+        """Change the weights by the gradient, clipped, and forget it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.ranks.sharding:
+            self.ranks.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+            self.optimizer.step()
+        else:
+            clipped_step(getattr(self.optimizer, "optimizer", self.optimizer), list(self.model.parameters()), self.tables, self.recipe.max_grad_norm)
+        self.optimizer.zero_grad()
 
 # %% ../nbs/17_training.ipynb #e9d337d3
 def _score(updates: _Updates, score_dev: Callable[[], Mapping[str, float]], progress: Progress, folder: Path, log: TrainingLog, deciding: Sequence[str], averaged: Sequence[int]) -> None:
@@ -367,7 +353,39 @@ def _score(updates: _Updates, score_dev: Callable[[], Mapping[str, float]], prog
     except (OSError, SafetensorError) as error:
         raise XtransferError(f"cannot write the weights of an evaluation to {folder}: {error}; the last complete state is untouched.") from error
 
-# %% ../nbs/17_training.ipynb #5ec3607a
+# %% ../nbs/17_training.ipynb #de40c4ad
+def _loop(updates: _Updates, sampler: Sampler, rates: Sequence[float], progress: Progress, folder: Path, score_dev: Callable[[], Mapping[str, float]], deciding: Sequence[str], save_seconds: float, label: str) -> None:
+    """Make the updates that are left."""
+    model, ranks, recipe = updates.model, updates.ranks, updates.recipe
+    evaluated_at, averaged = evaluation_steps(sampler.steps, recipe), averaged_steps(sampler.steps, recipe)
+    log, bar = TrainingLog(folder / "log.jsonl" if ranks.first else Path(os.devnull), progress.step), StepBar(sampler.steps, progress.step, ranks.first, label)
+    log_every, begun, saved = max(1, sampler.steps // 100), time.monotonic() - progress.seconds, time.monotonic()
+    model.train()
+    while progress.step < sampler.steps:
+        step = progress.step
+        losses, tokens = updates.backward(sampler.parts(step), step, progress)
+        updates.update(rates[step])
+
+        value, late = ranks.agree(sum(loss.item() for loss in losses.values()), time.monotonic() - saved > save_seconds)
+        progress.step, progress.tokens = step + 1, progress.tokens + tokens
+        progress.loss_sum, progress.loss_count = progress.loss_sum + value, progress.loss_count + 1
+        if not math.isfinite(progress.loss_sum):
+            task = next((t for t, loss in losses.items() if not math.isfinite(loss.item())), list(losses)[-1])
+            raise XtransferError(f"the loss of task {task} is not finite at step {step + 1} of {sampler.steps}; lower the learning rate ({recipe.learning_rate}) or look at the data.")
+        if progress.step % log_every == 0 or progress.step == sampler.steps:
+            cosines = recent_cosines(progress.agreement)
+            log.write(step=progress.step, loss=progress.loss_sum / progress.loss_count, learning_rate=rates[step], tokens=progress.tokens, **({"gradient_cosines": cosines} if cosines else {}))
+            bar.update(progress.step, progress.loss_sum / progress.loss_count)
+            progress.loss_sum, progress.loss_count = 0.0, 0
+        due = progress.step in evaluated_at
+        if due:
+            _score(updates, score_dev, progress, folder, log, deciding, averaged)
+        progress.seconds = time.monotonic() - begun
+        if due or late:
+            save_state(folder, model, updates.optimizer, progress, ranks.first)
+            saved = time.monotonic()
+
+# %% ../nbs/17_training.ipynb #dc8a6aa9
 def fit(
     model: StageModel,
     data: Mapping[str, Encoded],  # encoded training examples of each task
@@ -381,49 +399,26 @@ def fit(
     ranks: Ranks | None = None,  # the processes that train together; None: this one alone
     deciding: Sequence[str] = (),  # tasks whose development scores choose the best weights; (): all supervised ones
     label: str = "",  # shown beside the progress
+    reads: Sequence[Encoded] | None = None,  # all that `score_dev` reads; None: unknown, so every row of the embedding table is trained
 ) -> Fitted:
     """Train a model on a mixture of tasks, from the last saved state if there is one.
 
     Raises: XtransferError when the loss is not finite, a state is damaged or the disk is full, or the recipe asks for what cannot be.
     """
-    folder = Path(folder)
+    folder, ranks = Path(folder), ranks or meet()
     sampler = Sampler({task: encoded.examples for task, encoded in data.items()}, recipe, mixing, seed)
-    evaluated_at, averaged = evaluation_steps(sampler.steps, recipe), averaged_steps(sampler.steps, recipe)
+    rates, averaged = [learning_rate(step, sampler.steps, recipe) for step in range(sampler.steps)], averaged_steps(sampler.steps, recipe)
     set_up(model, recipe, seed)
     torch.manual_seed(derive_seed(seed, "dropout"))
-    ranks = ranks or meet()
-    together, optimizer = ranks.prepare(model, make_optimizer(model, recipe), recipe)
-    updates = _Updates(model=model, together=together, data=data, recipe=recipe, seed=seed, corrupt=corrupt, ranks=ranks, gradients=TaskGradients(model, recipe, seed))
-    progress = load_state(folder, model, optimizer)
-    progress.agreement = progress.agreement or (new_agreement(sampler.tasks) if updates.gradients.apart else [])
-    log, bar = TrainingLog(folder / "log.jsonl" if ranks.first else Path(os.devnull), progress.step), StepBar(sampler.steps, progress.step, ranks.first, label)
-    log_every, begun, saved = max(1, sampler.steps // 100), time.monotonic() - progress.seconds, time.monotonic()
-    model.train()
-    while progress.step < sampler.steps:
-        step = progress.step
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, sampler.steps, recipe)
-        losses, tokens = updates.backward(sampler.parts(step), step, progress.agreement)
-        ranks.accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        value, late = ranks.agree(sum(loss.item() for loss in losses.values()), time.monotonic() - saved > save_seconds)
-        progress.step, progress.tokens = step + 1, progress.tokens + tokens
-        progress.loss_sum, progress.loss_count = progress.loss_sum + value, progress.loss_count + 1
-        if not math.isfinite(progress.loss_sum):
-            task = next((t for t, loss in losses.items() if not math.isfinite(loss.item())), list(losses)[-1])
-            raise XtransferError(f"the loss of task {task} is not finite at step {step + 1} of {sampler.steps}; lower the learning rate ({recipe.learning_rate}) or look at the data.")
-        if progress.step % log_every == 0 or progress.step == sampler.steps:
-            cosines = recent_cosines(progress.agreement)
-            log.write(step=progress.step, loss=progress.loss_sum / progress.loss_count, learning_rate=optimizer.param_groups[0]["lr"], tokens=progress.tokens, **({"gradient_cosines": cosines} if cosines else {}))
-            bar.update(progress.step, progress.loss_sum / progress.loss_count)
-            progress.loss_sum, progress.loss_count = 0.0, 0
-        due = progress.step in evaluated_at
-        if due:
-            _score(updates, score_dev, progress, folder, log, deciding, averaged)
-        progress.seconds = time.monotonic() - begun
-        if due or late:
-            save_state(folder, model, optimizer, progress, ranks.first)
-            saved = time.monotonic()
-    return Fitted(progress=progress, steps=sampler.steps, folder=folder, averaged=averaged)
+    reason, rows = whole_because(model, recipe, ranks.sharding), model.text.get_input_embeddings().num_embeddings
+    with trimmed_vocabulary(model, None if reason or reads is None else [*data.values(), *reads], recipe, rates) as trimmed:
+        if trimmed is not None and ranks.first:
+            keep_rows(trimmed, folder)
+        together, optimizer = ranks.prepare(model, make_optimizer(model, recipe), recipe)
+        updates = _Updates(model=model, together=together, data=data, recipe=recipe, seed=seed, corrupt=corrupt, ranks=ranks, gradients=TaskGradients(model, recipe, seed), optimizer=optimizer,
+                           tables=() if reason else (model.text.get_input_embeddings().weight,))
+        progress = load_state(folder, model, optimizer)
+        progress.agreement = progress.agreement or (new_agreement(sampler.tasks) if updates.gradients.apart else [])
+        _loop(updates, sampler, rates, progress, folder, score_dev, deciding, save_seconds, label)
+    vocabulary = reason or ({"trained": len(trimmed.rows), "of": rows} if trimmed else "all that is read was not named")
+    return Fitted(progress=progress, steps=sampler.steps, folder=folder, averaged=averaged, trimmed=trimmed, vocabulary=vocabulary)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESULTS_NAME', 'LOG_NAME', 'CHECKPOINT_NAME', 'TRAINING_NAME', 'PLAN_NAME', 'deciding_tasks', 'ways', 'Step', 'train',
-           'log_rows', 'scored_languages', 'score', 'measure', 'loss_figure', 'language_figure', 'similarity_figure',
-           'peak_memory', 'close']
+           'log_rows', 'scored_languages', 'score', 'measure', 'picture', 'loss_figure', 'language_figure',
+           'similarity_figure', 'peak_memory', 'close']
 
 # %% ../nbs/19_steps.ipynb #97474198
 import io
@@ -318,8 +318,8 @@ def measure(step: Step) -> pd.DataFrame:  # tasks x measures, with a reason wher
     step.seconds["measure"] = time.monotonic() - began
     return pd.DataFrame(table).T
 
-# %% ../nbs/19_steps.ipynb #7e98dacd
-def _picture(figure: Figure) -> Image:
+# %% ../nbs/19_steps.ipynb #82ed0f5f
+def picture(figure: Figure) -> Image:
     """A figure as a PNG that any notebook shows; 64 colours, so that a study of hundreds of notebooks stays small."""
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png", dpi=90, bbox_inches="tight")
@@ -328,17 +328,17 @@ def _picture(figure: Figure) -> Image:
 
 def loss_figure(step: Step) -> Image:
     """The loss curve, with the development scores."""
-    return _picture(plot_loss(log_rows(step)))
+    return picture(plot_loss(log_rows(step)))
 
 def language_figure(step: Step, task: str) -> Image:
     """The scores of a task per language, by distance to English."""
     wanted = [key + suffix for key in TASKS[task].headline for suffix in ("", "_centred")]
     chosen = [s for s in step.scores if s.task == task and s.split == step.stage.score_splits[-1] and s.selection in ("best", "none") and s.metric in wanted]
-    return _picture(plot_languages(pd.DataFrame([plain(s) for s in chosen])))
+    return picture(plot_languages(pd.DataFrame([plain(s) for s in chosen])))
 
 def similarity_figure(step: Step, kind: str) -> Image:
     """The cosines of the measured tasks' embeddings; `kind` is "text" or "task"."""
-    return _picture(plot_similarities({key.removesuffix(f"/{kind}"): vector for key, vector in step.embeddings.items() if key.endswith(f"/{kind}")}))
+    return picture(plot_similarities({key.removesuffix(f"/{kind}"): vector for key, vector in step.embeddings.items() if key.endswith(f"/{kind}")}))
 
 # %% ../nbs/19_steps.ipynb #6c73a85e
 def peak_memory() -> float:

@@ -22,8 +22,8 @@ from papermill.engines import NBClientEngine, papermill_engines
 
 from .core import end_with_parent
 
-# %% ../nbs/20_warm.ipynb #dd2141c3
-PRELOAD = ("xtransfer.distributed", "xtransfer.warm", "ipykernel.kernelapp", "IPython.core.interactiveshell", "matplotlib.backends.backend_agg", "pyarrow.parquet")
+# %% ../nbs/20_warm.ipynb #57069e0f
+PRELOAD = ("xtransfer.preload", "xtransfer.warm")  # see preload, which this module must not import: the driver is no child
 KERNEL_LOG = "kernel.log"
 
 def _let_go_of_the_server() -> None:

@@ -4,19 +4,19 @@ import json
 import sys
 
 import numpy as np
-from common import QuietTrainer, arguments_of, parser, read
+from common import QuietTrainer, arguments_of, mapped, parser, read
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, default_data_collator
 
 LABELS = ("entailment", "neutral", "contradiction")
 
 
-def preprocess(dataset, tokenizer, max_length, pad, labels=LABELS):
-    """Tokenised pairs, padded here or in the batch."""
+def preprocess(dataset, tokenizer, max_length, pad, labels=LABELS, kept=False):
+    """Tokenised pairs, padded here or in the batch; `kept` in the cache of the library, which hashes the tokenizer for it."""
     def encode(rows):
         encoded = tokenizer(rows["text"], rows["text_pair"], padding="max_length" if pad else False, max_length=max_length, truncation=True)
         encoded["label"] = [labels.index(label) for label in rows["label"]]
         return encoded
-    return dataset.map(encode, batched=True, remove_columns=dataset.column_names)
+    return dataset.map(encode, batched=True, remove_columns=dataset.column_names) if kept else mapped(dataset, encode)
 
 
 def load_model(name, labels=LABELS, **config):

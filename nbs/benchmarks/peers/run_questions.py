@@ -4,7 +4,7 @@ import json
 import sys
 
 from answers import find_answers
-from common import QuietTrainer, arguments_of, parser, read
+from common import QuietTrainer, arguments_of, mapped, parser, read
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, default_data_collator
 
 STRIDE = 128
@@ -34,7 +34,7 @@ def preprocess_train(dataset, tokenizer, max_length, pad):
                     last = min((k for k in inside if covered[k][1] >= end), default=0)
             found["start_positions"].append(first), found["end_positions"].append(last)
         return found
-    return dataset.map(encode, batched=True, remove_columns=dataset.column_names)
+    return mapped(dataset, encode)
 
 
 def preprocess_test(dataset, tokenizer, max_length, pad):
@@ -45,7 +45,7 @@ def preprocess_test(dataset, tokenizer, max_length, pad):
         found["example_id"] = [rows["id"][i] for i in owner]
         found["offset_mapping"] = [[o if side == 1 else None for o, side in zip(covered, found.sequence_ids(i))] for i, covered in enumerate(found["offset_mapping"])]
         return found
-    return dataset.map(encode, batched=True, remove_columns=dataset.column_names)
+    return mapped(dataset, encode)
 
 
 def predict(trainer, rows, windows):

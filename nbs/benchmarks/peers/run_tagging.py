@@ -4,7 +4,7 @@ import json
 import sys
 
 import numpy as np
-from common import QuietTrainer, arguments_of, parser, read
+from common import QuietTrainer, arguments_of, mapped, parser, read
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification
 
 LABELS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
@@ -23,7 +23,7 @@ def preprocess(dataset, tokenizer, max_length, pad, labels=LABELS):
                 before = word
             encoded["labels"].append(found)
         return encoded
-    return dataset.map(encode, batched=True, remove_columns=dataset.column_names)
+    return mapped(dataset, encode)
 
 
 def load_model(name, labels=LABELS, **config):

@@ -207,7 +207,7 @@ def machine() -> str:
             versions.append(f"{name} absent")
     return f"{models[0] if models else platform.processor() or platform.machine()}, {cores()} cores; Python {platform.python_version()}, " + ", ".join(versions)
 
-# %% ../nbs/24_speed.ipynb #d5a17e03
+# %% ../nbs/24_speed.ipynb #464af3bd
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
     """A notebook of the suite."""
@@ -217,15 +217,15 @@ class Sheet:
 
 TINY = {"layers": 2, "width": 64, "heads": 2, "vocabulary": 2048}
 SUITE: tuple[Sheet, ...] = (
-    Sheet(name="gates", minutes=1, short={"shape": TINY, "steps": 12}),
+    Sheet(name="gates", minutes=1.3, short={"shape": TINY, "steps": 12}),
     Sheet(name="train_nli", minutes=5, short={"shape": TINY, "examples": 128, "updates": 2}),
-    Sheet(name="optimizer", minutes=3, short={"shape": TINY, "examples": 64, "steps": 3}),
-    Sheet(name="languages", minutes=4, short={"shape": TINY, "per_language": 4, "tagged_languages": 4}),
-    Sheet(name="answers", minutes=1, short={"windows": 60}),
-    Sheet(name="search", minutes=3, short={"sentences": 300, "width": 32}),
-    Sheet(name="tokens", minutes=1.5, short={"examples": 200}),
+    Sheet(name="optimizer", minutes=2.3, short={"shape": TINY, "examples": 64, "steps": 3}),
+    Sheet(name="languages", minutes=2.5, short={"shape": TINY, "per_language": 4, "tagged_languages": 4}),
+    Sheet(name="answers", minutes=1.5, short={"windows": 60}),
+    Sheet(name="search", minutes=2.5, short={"sentences": 300, "width": 32}),
+    Sheet(name="tokens", minutes=2.5, short={"examples": 200}),
     Sheet(name="tiny_runs", minutes=2, short={"runs": 1, "fresh": 1}),
-    Sheet(name="grid", minutes=4, short={"shape": TINY, "examples": 8, "scored": 2, "languages": 1, "pieces": False}),
+    Sheet(name="grid", minutes=5.5, short={"shape": TINY, "examples": 8, "scored": 2, "languages": 1, "pieces": False}),
     Sheet(name="workers", minutes=2, short={"runs": 1, "steps": 2, "most_workers": 1}),
     Sheet(name="growth", minutes=2, short={"examples": [8, 16], "languages": [1, 2], "widths": [32, 64], "layers": 1}),
 )

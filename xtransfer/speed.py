@@ -363,7 +363,7 @@ def _has_result(folder: Path, name: str, parameters: Mapping[str, Any]) -> bool:
     path = folder / f"{name}.json"
     return path.exists() and (folder / f"{name}.ipynb").exists() and read_json(path)["digest"] == sheet_digest(name, parameters)
 
-# %% ../nbs/24_speed.ipynb #cc4365f7
+# %% ../nbs/24_speed.ipynb #85712956
 def load_lines(folder: str | Path) -> list[Line]:
     """The lines of all results of a folder, by row."""
     found = [(sheet.name, Path(folder) / f"{sheet.name}.json") for sheet in SUITE]
@@ -409,7 +409,7 @@ def _figure(lines: Sequence[Line], path: Path) -> None:
             axes.plot(x.target, place, marker="<" if x.at_most else ">", color="black", ms=5)
     axes.axvline(1, color="black", lw=0.8)
     axes.set_yticks(range(len(lines)), [f"{x.what} / {x.peer}" for x in lines], fontsize=7)
-    axes.set_xlabel("times as long as this package (triangle: target)")
+    axes.set_xlabel("times as long as this package (triangle: target; green: met, red: missed, grey: without)")
     figure.savefig(path, metadata={"Date": None})
 
 # %% ../nbs/24_speed.ipynb #b9f1a6c3

@@ -193,3 +193,18 @@ def test_a_record_says_how_many_processes_it_took(tmp_path, toys):
 def test_each_run_has_gpus_of_its_own(visible, worker, processes, shown, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpus_of_worker(worker, processes) == {"CUDA_VISIBLE_DEVICES": shown} and worker_count(2) == len(visible.split(",")) // 2
+
+
+def test_two_processes_train_the_same_rows_of_the_vocabulary(tmp_path, monkeypatch):
+    """The notebook's own process, which has trained nothing, puts the full table together from what the ranks wrote; rows that nothing reads have decayed."""
+    monkeypatch.setattr("xtransfer.vocabulary.FEWEST", 1)  # as the declaration does in the ranks: the toy vocabulary is small
+    trimming = tmp_path / "trimming.py"
+    trimming.write_text("import xtransfer.vocabulary\nxtransfer.vocabulary.FEWEST = 1\n")
+    changes = {"train": ["toy_pair"], "declarations": [str(TOYS), str(trimming)], "recipe": PARAMETERS["recipe"] | {"max_steps": 6, "evaluations": 2, "weight_decay": 0.3, "average_checkpoints": 2}}
+    one, two = (trained(tmp_path / str(count), processes=count, **changes) for count in (1, 2))
+    assert one.vocabulary == two.vocabulary and one.vocabulary["trained"] < one.vocabulary["of"] == 22 and torch.equal(one.trimmed.rows, two.trimmed.rows)
+    unseen = np.setdiff1d(np.arange(22), one.trimmed.rows)
+    for selection in ("last", "average"):
+        alone, together_ = (fitted.weights(selection)[one.trimmed.name] for fitted in (one, two))
+        assert torch.equal(alone[unseen], together_[unseen]) and not torch.equal(alone[unseen], one.trimmed.before[unseen])
+        assert alone.shape == together_.shape == (22, alone.shape[1])

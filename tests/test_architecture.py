@@ -22,7 +22,7 @@ LARGEST_CELL, LARGEST_MODULE = 60, 460  # lines
 TABLES = {"languages": "_TABLE"}  # cells that are data, by the name that they define
 LONG: dict[str, str] = {}  # cells above the size that are accepted; none
 SHOWN_ELSEWHERE = {"steps": "in the experiment templates"}  # library notebooks without examples of their own
-NOT_IMPORTED = {"pyarrow": "pandas reads and writes parquet with it", "sentencepiece": "transformers reads the tokenizers of mT5 and of translation models with it", "protobuf": "and needs this for it"}
+NOT_IMPORTED = {"sentencepiece": "transformers reads the tokenizers of mT5 and of translation models with it", "protobuf": "and needs this for it"}
 OTHER_NAMES = {"IPython": "ipython", "PIL": "pillow", "sklearn": "scikit-learn"}  # import name -> distribution
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -236,6 +237,28 @@ def test_writers_and_readers_at_the_same_time(cache):
         out, err = process.communicate(timeout=120)
         assert out == "done\n", err
     assert sorted(p.name for p in cache.iterdir()) == sorted(f"entry-{i}" for i in range(40)), "losers have thrown away what they wrote"
+
+
+@pytest.mark.parametrize("before", ["nothing", "a damaged entry"])
+def test_an_entry_that_appears_while_one_looks_for_it_is_kept(before, cache, monkeypatch):
+    if before == "a damaged entry":
+        (cache / "late").mkdir(parents=True)
+    real = Path.read_text
+
+    def slow(path, *given, **more):  # another process publishes between our look and our verdict
+        monkeypatch.setattr(Path, "read_text", real)
+        if (cache / "late").exists():
+            (cache / "late").rename(cache / ".old")
+        assert write_entry("late", {"ids": np.arange(9)}, {"what": "numbers"})
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", slow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_entry("late") is None
+        monkeypatch.setattr(Path, "read_text", real)
+        write_entry("late", {"ids": np.arange(9)}, {"what": "numbers"})
+        assert read_entry("late")[1]["ids"].tolist() == list(range(9))
 
 
 def test_a_killed_writer_leaves_nothing_that_passes_for_an_entry(cache, tokenizer, monkeypatch):

@@ -49,7 +49,7 @@ def store_limit() -> int:  # bytes
         raise XtransferError(f"{LIMIT_VARIABLE} is {given!r}; it takes a number of gigabytes from 0, and 0 keeps nothing.")
     return int(gigabytes * 1e9)
 
-# %% ../nbs/14l_cache.ipynb #67d00ace
+# %% ../nbs/14l_cache.ipynb #8c246fd5
 _verified: set[tuple[str, int]] = set()  # entries whose checksums this process has compared: folder and inode
 _said: set[str] = set()
 
@@ -62,10 +62,15 @@ def _warn(sentence: str) -> None:
 def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(array.reshape(-1).view(np.uint8)) if array.size else 0
 
-def _remove(folder: Path) -> bool:
-    """Make an entry disappear at once, then its files; whether this process did it."""
+def _remove(
+    folder: Path,
+    inode: int | None = None,  # only if it is still this folder, and not a new one of the same name
+) -> bool:  # whether this process did it
+    """Make an entry disappear at once, then its files."""
     gone = folder.with_name(f".{folder.name.lstrip('.')}.{secrets.token_hex(4)}")
     try:
+        if inode is not None and folder.stat().st_ino != inode:
+            return False
         folder.rename(gone)
     except OSError:
         return False
@@ -78,18 +83,23 @@ def read_entry(
     """An entry of the store; a damaged one is removed."""
     folder = store_folder() / key
     try:
+        seen = (str(folder), folder.stat().st_ino)
+    except OSError:
+        return None
+    try:
         meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if facts["bytes"] else None, allow_pickle=False).view(np.ndarray) for name, facts in meta["arrays"].items()}
-        seen = (str(folder), folder.stat().st_ino)
         for name, facts in meta["arrays"].items():
             if [str(arrays[name].dtype), list(arrays[name].shape)] != [facts["dtype"], facts["shape"]] or (seen not in _verified and _checksum(arrays[name]) != facts["checksum"]):
                 raise ValueError(f"{name}.npy is not what was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-        if not folder.exists() or isinstance(error, PermissionError):
+        if isinstance(error, PermissionError):
             return None
-        _warn(f"the entry {key} of the cache is damaged ({str(error).splitlines()[0]}); it is removed and made again.")
-        _remove(folder)
-        return None
+        if _remove(folder, seen[1]):
+            _warn(f"the entry {key} of the cache is damaged ({str(error).splitlines()[0]}); it is removed and made again.")
+        elif folder.is_dir() and folder.stat().st_ino == seen[1]:
+            _warn(f"the entry {key} of the cache is damaged ({str(error).splitlines()[0]}) and cannot be removed; it is made again without it.")
+        return None  # said nothing: another process has just removed it, or put a new one in its place
     _verified.add(seen)
     try:
         os.utime(folder / META_NAME)  # last used

@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup mini smoke test check bench export lab docs clean bench-gpu-script
+.PHONY: help setup mini smoke test check bench export lab docs docs-serve clean bench-gpu-script
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -48,17 +48,19 @@ export: setup ## notebooks -> xtransfer/*.py, and notebooks without the traces o
 	@$(BIN)/nbdev_export
 	@$(BIN)/nbdev_clean
 
-lab: setup ## open the notebooks
-	@$(BIN)/jupyter lab nbs
+lab: setup ## open the notebooks; start with start.ipynb
+	@$(BIN)/jupyter lab nbs/start.ipynb
 
-docs: setup ## the notebooks as web pages in _docs/, and a card for each task in _docs/tasks/
-	@$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir _docs nbs/*.ipynb nbs/tutorials/*.ipynb
-	@$(BIN)/python -c "import xtransfer.catalogue; from xtransfer.cards import write_cards; write_cards('_docs/tasks')"
-	@echo "open _docs/index.html and _docs/tasks/index.md"
+docs: setup ## the documentation site in site/, built without network; open site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "open site/index.html; its search works when it is served, as by: make docs-serve"
+
+docs-serve: setup ## the site at http://127.0.0.1:8000, rebuilt while pages are written
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench-gpu-script: setup ## write gpu_benchmark.py, one file that measures on a GPU what `make bench` measures here
 	@$(BIN)/python nbs/benchmarks/gpu/build.py gpu_benchmark.py
 
 clean: ## remove what can be made again; keeps .venv, runs/ and outputs/
-	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+	@rm -rf site _docs _proc build dist *.egg-info .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

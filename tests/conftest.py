@@ -11,11 +11,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 CACHE = tempfile.TemporaryDirectory(prefix="xtransfer-tests-")  # of tokens and rows, for these tests and the processes that they start; the user's own stays as it is
 os.environ["XTRANSFER_CACHE"] = CACHE.name
+os.environ.setdefault("XTRANSFER_HUB_WAIT", "0.01")  # where no hub answers, tests do not wait for it
 
 import pytest
 import torch
 
-TOYS = Path(__file__).with_name("toys.py")
+TOYS, REAL = Path(__file__).with_name("toys.py"), Path(__file__).with_name("real.py")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -217,7 +217,7 @@ def test_lock_is_exact_complete_and_portable():
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "exact, and without build tags such as +cpu, which no public index serves"
     locked = required(lines)
     assert not [name for name in locked if name.startswith(("nvidia", "triton"))]
-    assert required(PROJECT["dependencies"]) | required(PROJECT["optional-dependencies"]["dev"]) <= locked
+    assert required(PROJECT["dependencies"]).union(*(required(PROJECT["optional-dependencies"][extra]) for extra in ("dev", "docs", "cluster"))) <= locked
 
 
 @pytest.mark.skipif(os.environ.get("XTRANSFER_REQUIRE_HUB") != "1", reason="only where real data have to be there")

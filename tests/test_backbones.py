@@ -227,9 +227,8 @@ def test_a_clip_tower_is_loaded_as_one_that_automodel_opens(name, family, tmp_pa
     assert type(transformers.AutoModel.from_pretrained(tmp_path / "stage")).__name__ == "CLIPTextModel"
 
 
-@pytest.mark.parametrize("stored", ["safetensors", "bin"])
 @pytest.mark.parametrize("name", ["mclip-xlm-r-large", "altclip"])
-def test_towers_inside_a_checkpoint_of_another_layout(name, stored, tmp_path):
+def test_towers_inside_a_checkpoint_of_another_layout(name, tmp_path):
     """XLM-R's tensors under a prefix, among others, beside a configuration that transformers does not know."""
     from dataclasses import replace
 
@@ -238,7 +237,7 @@ def test_towers_inside_a_checkpoint_of_another_layout(name, stored, tmp_path):
     inner = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**_ROBERTA_SMALL), add_pooling_layer=False).eval()
     tensors = {declared.weights_prefix + key: value.clone() for key, value in inner.state_dict().items()} | {"LinearTransformation.weight": torch.ones(4, 32), f"{declared.weights_prefix}embeddings.position_ids": torch.arange(68)[None]}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "M-CLIP", "modelBase": "xlm-roberta-large", "numDims": 4, "transformerDimensions": 32}))
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"}) if stored == "safetensors" else torch.save(tensors, tmp_path / "pytorch_model.bin")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     world_tokenizer().save_pretrained(tmp_path / "tokenizer")
     small = replace(declared, folder=str(tmp_path), tokenizer=str(tmp_path / "tokenizer"), hidden_size=32, layers=2, config={"model_type": "xlm-roberta", **_ROBERTA_SMALL})
     tokenizer = load_tokenizer(small)
@@ -249,9 +248,12 @@ def test_towers_inside_a_checkpoint_of_another_layout(name, stored, tmp_path):
     save_checkpoint(ours, tokenizer, tmp_path / "stage")
     assert type(transformers.AutoModel.from_pretrained(tmp_path / "stage")).__name__ == "XLMRobertaModel" and set(load_file(tmp_path / "stage" / "model.safetensors")) == set(inner.state_dict())
     del tensors[f"{declared.weights_prefix}encoder.layer.1.output.dense.weight"]
-    (tmp_path / "model.safetensors").unlink(missing_ok=True)
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(XtransferError, match="lack encoder.layer.1.output.dense.weight"):
+        load_encoder(small, tokenizer, seed=0)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(XtransferError, match="holds no weights as safetensors"):
         load_encoder(small, tokenizer, seed=0)
 
 

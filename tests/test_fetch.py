@@ -8,16 +8,25 @@ from dataclasses import replace
 
 import pytest
 
-from conftest import xtransfer
+from conftest import REAL, xtransfer
 from xtransfer.core import XtransferError
 from xtransfer.fetch import fetch_study, pin_sources, study_needs
 from xtransfer.records import RECORD_NAME
 from xtransfer.runs import check_same_data
 from xtransfer.sources import DATA_VARIABLE, Source, folder_digest, hub_rows, local_copy, pins, resolved_revision
-from xtransfer.studies import STUDIES
+from xtransfer.studies import STUDIES, load_declarations
 from xtransfer.tasks import TASKS, load_examples
 
-SMALL = ("stilts", "--profile", "small", "--languages", "de")
+SMALL = ("public", "--profile", "small", "--languages", "de", "--declare", str(REAL))
+
+
+def public_study():
+    """The study of REAL in German."""
+    import xtransfer.catalogue  # noqa: F401
+
+    if "public" not in STUDIES:
+        load_declarations([str(REAL)])
+    return STUDIES["public"].build("small").with_limits(languages=("de",))
 
 
 @pytest.fixture
@@ -76,9 +85,7 @@ def test_the_digest_of_a_copy_follows_its_content(data):
 
 
 def test_a_study_does_not_go_on_with_other_data(data, tmp_path):
-    import xtransfer.catalogue  # noqa: F401
-
-    study = STUDIES["stilts"].build("small").with_limits(languages=("de",))
+    study = public_study()
     study = replace(study, cells=tuple(c for c in study.cells if c.arm == "none" and c.target == "xquad"))
     run = study.cells[0].run
     leave_record(tmp_path / "outputs", run, {"task": "xquad", "language": "de", "split": "test", "repo": "google/xquad", "revision": "a" * 40})
@@ -120,11 +127,9 @@ def test_damaged_pins_and_a_hub_that_does_not_answer(data, monkeypatch):
 
 
 def test_what_cannot_be_had_does_not_stop_the_rest(data, monkeypatch):
-    import xtransfer.catalogue  # noqa: F401
-
     monkeypatch.setattr("xtransfer.fetch.fetch_backbone", lambda backbone: "nothing")
     monkeypatch.setattr("xtransfer.fetch.pin_sources", lambda sources: {})
-    study = STUDIES["stilts"].build("small").with_limits(languages=("de",))
+    study = public_study()
     study = replace(study, cells=tuple(c for c in study.cells if c.arm == "none" and c.target == "xquad"))
     folder = xquad_copy(data)
     (data / "rajpurkar" / "squad").mkdir(parents=True)

@@ -5,27 +5,25 @@ import re
 
 import pytest
 
-from conftest import xtransfer
+from conftest import REAL, xtransfer
 from xtransfer.languages import LANGUAGE_SETS
 
 LIMITS = ("--train-limit", 32, "--score-limit", 4, "--set", "max_steps=2", "--set", "evaluations=1", "--set", "dev_limit=8")
-STUDY = ("stilts", "--profile", "small", *LIMITS)
-
 
 @pytest.fixture(scope="module")
 def small(hub, tmp_path_factory):
     """Folder, records and terminal output of the study."""
     folder = tmp_path_factory.mktemp("small")
-    code, out, err = xtransfer("run", *STUDY, "--outputs", folder, "--threads", 1, timeout=900, environment=hub)
+    code, out, err = xtransfer("run", "cut", "--profile", "small", "--declare", REAL, *LIMITS, "--outputs", folder, "--threads", 1, timeout=900, environment=hub)
     assert code == 0, out + err
     return folder, [json.loads(p.read_text()) for p in sorted(folder.glob("*/*/record.json"))], out
 
 
 def test_it_ends_with_a_report_that_says_what_was_used(small):
     folder, records, out = small
-    page = (folder / "reports" / "stilts-small.html").read_text()
-    assert str(folder / "reports" / "stilts-small.html") in out and "random weights" in page
-    assert len(records) >= 12 and {r["template"] for r in records} == {"intermediate", "target", "retrieval"}
+    page = (folder / "reports" / "cut-small.html").read_text()
+    assert str(folder / "reports" / "cut-small.html") in out and "Bible verses" in page and "stands in for CCG" in page
+    assert len(records) == 18 and {r["template"] for r in records} == {"pretrain", "intermediate", "target", "retrieval"}
 
 
 def test_every_language_of_every_task_is_scored(small):
@@ -42,9 +40,9 @@ def test_every_language_of_every_task_is_scored(small):
 def test_records_hold_commits_caps_and_notes(small):
     _, records, _ = small
     facts = [d for r in records for d in r["data"]]
-    assert facts and all(re.fullmatch("[0-9a-f]{40}", d["revision"]) for d in facts), {d["revision"] for d in facts}
+    assert facts and all(re.fullmatch("[0-9a-f]{40}(, [0-9a-f]{40})*", d["revision"]) for d in facts), {d["revision"] for d in facts}
     assert all(d["capped"] for d in facts if d["split"] in ("train", "test")) and all(d["rows"] <= 32 for d in facts)
-    assert {d["repo"] for d in facts} >= {"nyu-mll/glue", "rajpurkar/squad", "google/xquad", "facebook/xnli", "google/xtreme", "unimelb-nlp/wikiann"}
+    assert {repo for d in facts for repo in d["repo"].split(", ")} >= {"nyu-mll/glue", "rajpurkar/squad", "local/erg_supertagging", "google/xquad", "google-research-datasets/tydiqa", "google-research-datasets/paws-x", "local/paws-wiki-train-substitute", "facebook/xnli", "google/xtreme", "unimelb-nlp/wikiann", "local/bible-verses"}
     assert any("fused forms" in d["note"] for d in facts if d["task"] == "udpos")
 
 

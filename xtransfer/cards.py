@@ -7,7 +7,7 @@ __all__ = ['READING', 'MANY_LABELS', 'LONGEST_SHOWN', 'AROUND', 'WORDS_SHOWN', '
            'score_section', 'source_section', 'task_card', 'refusals', 'backbone_card', 'write_cards', 'columns',
            'visible', 'example_table']
 
-# %% ../nbs/14c_cards.ipynb #595dbdad
+# %% ../nbs/14c_cards.ipynb #46086a95
 import bisect
 import html
 import re
@@ -22,22 +22,22 @@ from typing import Any
 from .backbones import BACKBONES, LAYERS_OF_XTREME, Backbone, unsuitable
 import xtransfer.catalogue  # fills the registries
 from .recipes import PHANG_CLASSIFICATION, PHANG_QA, XTREME_R_LAREQA
-from .core import XtransferError, write_text
+from .core import XtransferError, plainly, write_text
 from .languages import LANGUAGE_SETS, LANGUAGES
 from .metrics import METRICS, Metric
 from .sources import Source
 from .tasks import COLUMNS, SPLITS, TASKS, FoundLabels, Task, load_examples
 
-# %% ../nbs/14c_cards.ipynb #a338daa7
+# %% ../nbs/14c_cards.ipynb #92974c45
 def safe(
     text: str,  # anybody's text
 ) -> str:
     """The text for a line or a table cell of Markdown."""
-    return re.sub(r"([|\\`*\[\]])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+    return re.sub(r"([|\\`*\[\]])", r"\\\1", html.escape(plainly(" ".join(str(text).split())), quote=False))
 
 def code(text: str) -> str:
     """A name in the typeface of code, also within a table."""
-    text = " ".join(str(text).split()).replace("|", "\\|")
+    text = plainly(" ".join(str(text).split())).replace("|", "\\|")
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'LISTS', 'HANDLERS', 'make_parser', 'plan_command', 'run_command', 'status_command', 'report_command',
            'claims_command', 'check_command', 'show_command', 'fetch_command', 'submission_command', 'score_command',
-           'ls_command', 'cache_command', 'new_study_command', 'main']
+           'ls_command', 'cache_command', 'new_study_command', 'Plainly', 'check_arguments', 'main']
 
-# %% ../nbs/22_cli.ipynb #86c57cff
+# %% ../nbs/22_cli.ipynb #3c7ca3a6
 import argparse
+import io
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from .core import XtransferError, nearest
+from .core import XtransferError, nearest, plainly
 
 # %% ../nbs/22_cli.ipynb #7e3fdecc
 class _Parser(argparse.ArgumentParser):
@@ -60,7 +62,7 @@ COMMANDS = {
 }
 LISTS = ("tasks", "backbones", "studies", "languages")
 
-# %% ../nbs/22_cli.ipynb #b156cdda
+# %% ../nbs/22_cli.ipynb #977ad143
 def _add_arguments(name: str, command: argparse.ArgumentParser) -> None:
     """The arguments of one command."""
     if name in ("plan", "fetch", "run", "status", "report", "submission"):
@@ -75,6 +77,10 @@ def _add_arguments(name: str, command: argparse.ArgumentParser) -> None:
         command.add_argument("--processes", type=int, default=1, metavar="N", help="processes that train a run together, each with a GPU of its own where there are any; the batch stays that of the recipe (default: 1)")
         command.add_argument("--sharding", default="", metavar="HOW", help="full: divide a model's weights among its processes, for models that no single GPU holds (default: each process has all of them)")
         command.add_argument("--keep-checkpoints", action="store_true", help="keep the weights of every run; otherwise only those that later stages start from")
+        command.add_argument("--executor", choices=("local", "snakemake"), default="local", help="local: this machine; snakemake: jobs of Snakemake, on a cluster (default: local)")
+        command.add_argument("--executor-profile", metavar="DIR", help="with --executor snakemake: a folder with Snakemake's config.yaml, or slurm, the one that comes with the package (default: Snakemake's jobs run on this machine)")
+        command.add_argument("--gpus", type=int, metavar="N", help="with --executor snakemake: GPUs that each process of a run asks for (default: 0 with the profiles smoke and mini, else 1)")
+        command.add_argument("--job-minutes", type=float, metavar="N", help="with --executor snakemake: small runs share a job until it takes about so long; 0: every run has its own (default: 5)")
     if name in ("submission", "score"):
         command.add_argument("--benchmark", required=True, metavar="NAME", help="xtreme or xtreme-r")
     if name == "submission":
@@ -126,52 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_arguments(name, command)
     return parser
 
-# %% ../nbs/22_cli.ipynb #bfecd113
-def _chosen_study(arguments: argparse.Namespace) -> Any:
-    """The study that the arguments name, with changed recipe numbers, another backbone and limits."""
-    import xtransfer.catalogue  # noqa: F401  fills the registries
-    from xtransfer.studies import PROFILES, STUDIES, load_declarations, with_seeds
-
-    load_declarations(arguments.declare)
-    if arguments.profile not in PROFILES:
-        raise XtransferError(f"unknown profile {arguments.profile!r}{nearest(arguments.profile, PROFILES)}; profiles are: {', '.join(PROFILES)}.")
-    study = STUDIES[arguments.study].build(arguments.profile)
-    if arguments.set:
-        study = _with_settings(study, arguments.set)
-    if arguments.backbone:
-        study = study.with_backbone(arguments.backbone)
-    if arguments.seeds:
-        if not all(part.strip().isdecimal() for part in arguments.seeds.split(",")):
-            raise XtransferError(f"--seeds is {arguments.seeds!r}; it takes whole numbers with commas between them, such as 3,4,5.")
-        study = with_seeds(study, [int(part) for part in arguments.seeds.split(",")])
-    languages = tuple(code.strip() for code in arguments.languages.split(",")) if arguments.languages else ()
-    return study.with_limits(arguments.train_limit, arguments.score_limit, languages)
-
-def _with_settings(study: Any, settings: Sequence[str]) -> Any:
-    """The study with some numbers of its recipes changed."""
-    import ast
-    from dataclasses import fields, replace
-
-    from xtransfer.studies import Recipe
-
-    types = {f.name: f.type for f in fields(Recipe) if f.name not in ("name", "source")}
-    changes = {}
-    for setting in settings:
-        name, _, text = setting.partition("=")
-        if name not in types:
-            raise XtransferError(f"unknown parameter {name!r}{nearest(name, types)}; recipes have: {', '.join(types)}.")
-        try:
-            changes[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            changes[name] = text
-        current = getattr(study.declared[0].run.stages[0].recipe, name)
-        if current is not None and type(changes[name]) is not type(current) and not (isinstance(current, float) and isinstance(changes[name], int)):
-            raise XtransferError(f"the parameter {name} is {text!r}; it takes a {type(current).__name__}, such as {current!r}.")
-    def changed(run: Any) -> Any:
-        return replace(run, stages=tuple(replace(s, recipe=replace(s.recipe, **changes)) if s.train else s for s in run.stages))
-    return study.with_runs(changed)
-
-# %% ../nbs/22_cli.ipynb #81cd8133
+# %% ../nbs/22_cli.ipynb #8e51fa23
 def _print_not_applicable(study: Any) -> None:
     """Say what of a study its backbone cannot do."""
     from xtransfer.studies import not_applicable
@@ -181,11 +142,12 @@ def _print_not_applicable(study: Any) -> None:
 
 def plan_command(arguments: argparse.Namespace) -> int:
     """Print a study's runs and their states."""
+    from xtransfer.asked import chosen_study
     from xtransfer.cost import cost_summary, cost_table
     from xtransfer.records import study_records
     from xtransfer.runs import estimate_study, gpu_count, remaining, run_status, worker_count
 
-    study = _chosen_study(arguments)
+    study = chosen_study(arguments)
     study_records(study, arguments.outputs)  # a damaged one is said before anything else
     left = remaining(study, arguments.outputs)
     again = {w.run.digest for w in left}
@@ -205,53 +167,55 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Execute what is missing, then report."""
+    from xtransfer.asked import chosen_executor, chosen_study
     from xtransfer.cost import format_duration
+    from xtransfer.driver import run_with_snakemake
     from xtransfer.runs import check_writable, estimate_study, remaining, run_study, worker_count
 
-    for name in ("workers", "threads", "processes"):
-        if (number := getattr(arguments, name)) is not None and number < 1:
-            raise XtransferError(f"--{name} is {number}; it takes a number from 1.")
-    study = _chosen_study(arguments)
+    executor, study = chosen_executor(arguments), chosen_study(arguments)
     check_writable(arguments.outputs)
     left = remaining(study, arguments.outputs, arguments.keep_checkpoints)
     workers = arguments.workers or worker_count(arguments.processes)
-    found = estimate_study(study, arguments.outputs, left, workers, arguments.threads, arguments.processes)
+    found = None if executor else estimate_study(study, arguments.outputs, left, workers, arguments.threads, arguments.processes)
     print(f"study {study.name}, profile {study.profile}: {len(study.plan())} runs, {len(left)} to execute" + (f", about {format_duration(found.wall)} ({found.basis})" if found else ""), flush=True)
     _print_not_applicable(study)
+    common = {"declarations": arguments.declare, "keep_checkpoints": arguments.keep_checkpoints, "report": lambda line: print(line, flush=True)}
+    here = {"workers": workers, "threads": arguments.threads, "processes": arguments.processes, "sharding": arguments.sharding, "estimated": found}
     try:
-        outcome = run_study(study, arguments.outputs, workers=workers, threads=arguments.threads, declarations=arguments.declare, keep_checkpoints=arguments.keep_checkpoints, processes=arguments.processes, sharding=arguments.sharding,
-                            report=lambda line: print(line, flush=True), estimated=found)
+        outcome = run_with_snakemake(study, arguments.outputs, executor, **common) if executor else run_study(study, arguments.outputs, **here, **common)
     except KeyboardInterrupt:
         print("\nstopped; nothing is lost. To go on, give the same command again.", file=sys.stderr)
         return 130
     for sentence in outcome.failed.values():
-        print(sentence, file=sys.stderr)
+        print(plainly(sentence), file=sys.stderr)
     if outcome.failed:
         print(f"{len(outcome.failed)} runs failed and {len(outcome.skipped)} were not started because of them; finished runs are kept. Give the same command again to try these.", file=sys.stderr)
         return 1
     return report_command(arguments)
 
-# %% ../nbs/22_cli.ipynb #1c17f2ec
+# %% ../nbs/22_cli.ipynb #30eb2ce4
 def status_command(arguments: argparse.Namespace) -> int:
     """Count runs by state."""
+    from xtransfer.asked import chosen_study
     from xtransfer.runs import run_status, work_folder
 
-    study = _chosen_study(arguments)
+    study = chosen_study(arguments)
     states = {run.id: (run, run_status(run, arguments.outputs)) for run in study.plan()}
     for state, count in Counter(state for _, state in states.values()).items():
         print(f"{count:>5} {state}")
     for run, state in states.values():
         if state == "failed":
-            print((work_folder(arguments.outputs, run) / "error.txt").read_text().strip())
+            print((work_folder(arguments.outputs, run) / "error.txt").read_text(encoding="utf-8", errors="replace").strip())
         elif state in ("running", "interrupted"):
             print(f"{state}: {run.id}")
     return 0
 
 def report_command(arguments: argparse.Namespace) -> int:
     """Write the report and print its short table."""
+    from xtransfer.asked import chosen_study
     from xtransfer.report import study_report
 
-    path, table = study_report(_chosen_study(arguments), arguments.outputs)
+    path, table = study_report(chosen_study(arguments), arguments.outputs)
     print(f"\n{table}\n\nreport: {path}")
     return 0
 
@@ -259,11 +223,12 @@ def claims_command(arguments: argparse.Namespace) -> int:
     """Print the claims ledger."""
     from xtransfer.claims import claims_table, claims_text
     from xtransfer.core import write_text
+    from xtransfer.sections import csv_text
     from xtransfer.studies import STUDIES
 
     table = claims_table(STUDIES["stilts"].build(arguments.profile), arguments.outputs)
     if arguments.csv:
-        write_text(arguments.csv, table.to_csv(index=False))
+        write_text(arguments.csv, csv_text(table))
     print(claims_text(table))
     return 0
 
@@ -288,7 +253,7 @@ def check_command(arguments: argparse.Namespace) -> int:
     print(f"{backbone.name} ({backbone.kind.name})\n\n{format_checks(found)}")
     return 0 if all(check.passed for check in found) else 1
 
-# %% ../nbs/22_cli.ipynb #aab903a1
+# %% ../nbs/22_cli.ipynb #a238fa00
 def show_command(arguments: argparse.Namespace) -> int:
     """Print a task's card or examples, a backbone's card, or a run's record."""
     import xtransfer.catalogue  # noqa: F401  fills the registries
@@ -302,7 +267,7 @@ def show_command(arguments: argparse.Namespace) -> int:
     if asked in TASKS or arguments.language or "@" in asked:
         return _show_task(TASKS[asked], arguments)
     known = sorted(str(p.parent.relative_to(outputs)) for p in outputs.glob(f"*/*/{RECORD_NAME}"))
-    matches = [k for k in known if k == asked or k.rsplit("-", 1)[1].startswith(asked)]
+    matches = [k for k in known if k == asked or asked and k.rpartition("-")[2].startswith(asked)]
     if asked in BACKBONES or "/" in arguments.what and not matches and asked.split("/")[0] not in BACKBONES:  # runs lie below their backbone's name
         return _show_backbone(arguments.what if "/" in arguments.what else asked)
     if len(matches) != 1:
@@ -342,13 +307,14 @@ def _show_record(folder: Path) -> int:
         print(f"{s['task']:<20}{s['language']:<6}{s['split']:<6}{s['selection']:<6}{s['metric']:<22}{s['value']:7.2f}  n={s['n']}")
     return 0
 
-# %% ../nbs/22_cli.ipynb #90c780d4
+# %% ../nbs/22_cli.ipynb #4e1d8461
 def fetch_command(arguments: argparse.Namespace) -> int:
     """Download, verify and pin what a study reads."""
+    from xtransfer.asked import chosen_study
     from xtransfer.fetch import fetch_study
     from xtransfer.sources import data_folder
 
-    study = _chosen_study(arguments)
+    study = chosen_study(arguments)
     found = fetch_study(study, report=lambda line: print(line, flush=True))
     states = Counter(item.state for item in found)
     print(f"\n{len(found)} items: " + ", ".join(f"{count} {state}" for state, count in states.items()) + f"; versions are pinned in {data_folder()}.")
@@ -357,17 +323,18 @@ def fetch_command(arguments: argparse.Namespace) -> int:
             print(f"partial: {item.name}, {item.detail}; every table that shows it will say so")
     if states["missing"]:
         for sentence in dict.fromkeys(item.detail for item in found if item.state == "missing"):
-            print(sentence, file=sys.stderr)
+            print(plainly(sentence), file=sys.stderr)
         return 1
     print("With HF_HUB_OFFLINE=1 the study now runs without network.")
     return 0
 
 def submission_command(arguments: argparse.Namespace) -> int:
     """Write a submission folder."""
+    from xtransfer.asked import chosen_study
     from xtransfer.submission import format_submission, write_submission
 
     asked = {"arm": arguments.arm, "seed": arguments.seed, "selection": arguments.selection, "labels": arguments.labels}
-    print(format_submission(write_submission(_chosen_study(arguments), arguments.outputs, arguments.benchmark, arguments.folder, **asked)))
+    print(format_submission(write_submission(chosen_study(arguments), arguments.outputs, arguments.benchmark, arguments.folder, **asked)))
     return 0
 
 def score_command(arguments: argparse.Namespace) -> int:
@@ -430,7 +397,34 @@ def new_study_command(arguments: argparse.Namespace) -> int:
     print(f"{declaration} declares the study; {notebook} loads it, plans it, runs it and reads the answer.\nOpen the notebook in JupyterLab, or: xtransfer run {arguments.name} --declare {declaration} --outputs runs")
     return 0
 
-# %% ../nbs/22_cli.ipynb #b1b17410
+# %% ../nbs/22_cli.ipynb #7ce35ad1
+class Plainly(io.TextIOBase):
+    """A stream that spells out what would steer a terminal."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def write(self, text: str) -> int:
+        self.inner.write(plainly(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self.inner.flush()
+
+    def isatty(self) -> bool:
+        return self.inner.isatty()
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse texts that no file, name or value can be.
+
+    Raises: XtransferError.
+    """
+    for name, value in vars(arguments).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and ("\0" in text or any("\ud800" <= c <= "\udfff" for c in text)):
+                raise XtransferError(f"the argument {name.replace('_', '-')} is {ascii(text)[:120]}, which holds characters that no name or file can have.")
+
+# %% ../nbs/22_cli.ipynb #58cdd01f
 HANDLERS = {"plan": plan_command, "fetch": fetch_command, "run": run_command, "status": status_command, "report": report_command, "claims": claims_command, "submission": submission_command,
             "score": score_command, "check": check_command, "show": show_command, "ls": ls_command, "cache": cache_command, "new-study": new_study_command}
 
@@ -442,17 +436,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command is None:
             parser.print_help()
             return 0
+        check_arguments(arguments)
         if getattr(arguments, "data", None):
             from xtransfer.sources import DATA_VARIABLE
             if not Path(arguments.data).is_dir() and arguments.command != "fetch":
                 raise XtransferError(f"the data folder {arguments.data} does not exist; `xtransfer fetch STUDY --data {arguments.data}` makes one.")
             os.environ[DATA_VARIABLE] = str(Path(arguments.data).resolve())
-        return HANDLERS[arguments.command](arguments)
+        with redirect_stdout(Plainly(sys.stdout)):
+            return HANDLERS[arguments.command](arguments)
     except XtransferError as error:
-        print(f"xtransfer: {error}", file=sys.stderr)
+        print(plainly(f"xtransfer: {error}"), file=sys.stderr)
         return 1
     except BrokenPipeError:
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"xtransfer: the system refuses to go on: {error}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)
         return 130

@@ -75,7 +75,7 @@ def seconds_of(
             "calls": machine.update_seconds * work.updates + machine.layer_seconds * work.calls / 3, "arithmetic": work.operations / machine.rate(BACKBONES[run.backbone].hidden_size, precision or run.stage.recipe.precision) / processes,
             "optimizer": work.weights / machine.weights_per_second, "answers": python * DECODED * work.decoded, "disk": work.written / machine.disk_bandwidth}
 
-# %% ../nbs/14m_cost.ipynb #eb6b0b07
+# %% ../nbs/14m_cost.ipynb #3369f61d
 MACHINES_NAME = "machine.json"
 
 @lru_cache(maxsize=1)
@@ -118,21 +118,22 @@ def this_machine(
     key, path = machine_key(threads, workers, gpus), store_folder().parent / MACHINES_NAME
     name = f"{key['gpu'] or key['processor']}, {threads} thread{'s' * (threads > 1)} a run" + (f", {workers} runs at a time" if workers > 1 and not gpus else "")
     try:
-        kept = read_json(path) if path.exists() else {}
-    except XtransferError:  # damaged: it is measured again
+        kept = dict(read_json(path)) if path.exists() else {}
+        if digest(key) in kept:
+            return Machine(name=name, **kept[digest(key)]["machine"])
+    except (XtransferError, TypeError, ValueError, KeyError):  # damaged: it is measured again
         kept = {}
-    if digest(key) not in kept:
-        if measuring is None:
-            return None
-        measuring()
-        found = _measured(threads, key["runs at a time"])
-        rates = {precision: [[width, statistics.fmean(f["rates"][precision][i][1] for f in found)] for i, (width, _) in enumerate(pairs)] for precision, pairs in found[0]["rates"].items()}
-        kept[digest(key)] = {"key": key, "machine": {field: statistics.fmean(f[field] for f in found) for field in found[0] if field != "rates"} | {"rates": rates}}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, kept)
-        except (OSError, XtransferError):
-            pass  # it is measured again next time
+    if measuring is None:
+        return None
+    measuring()
+    found = _measured(threads, key["runs at a time"])
+    rates = {precision: [[width, statistics.fmean(f["rates"][precision][i][1] for f in found)] for i, (width, _) in enumerate(pairs)] for precision, pairs in found[0]["rates"].items()}
+    kept[digest(key)] = {"key": key, "machine": {field: statistics.fmean(f[field] for f in found) for field in found[0] if field != "rates"} | {"rates": rates}}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, kept)
+    except (OSError, XtransferError):
+        pass  # it is measured again next time
     return Machine(name=name, **kept[digest(key)]["machine"])
 
 # %% ../nbs/14m_cost.ipynb #0ef8d8fd

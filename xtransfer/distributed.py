@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PARAMETERS_NAME', 'TRAINED_NAME', 'OUTPUT_NAME', 'AGENT', 'PROGRAM', 'work', 'main', 'train']
 
-# %% ../nbs/19a_distributed.ipynb #f736054f
-import json
+# %% ../nbs/19a_distributed.ipynb #d3369b1c
 import os
 import re
 import signal
@@ -22,13 +21,15 @@ import torch
 from torch import distributed
 
 from .core import XtransferError, end_with_parent, package_folder, read_json, write_json
-from .progress import StepBar
+from .progress import StepBar, read_log
 from .ranks import check_ranks, meet
-from .steps import LOG_NAME, PLAN_NAME, TRAINING_NAME, Step, peak_memory, train as train_here
-from .training import Fitted, Progress, averaged_steps, learning_rate, set_up
+from .records import LOG_NAME
+from .seals import is_whole, with_checksum
+from .steps import PLAN_NAME, TRAINING_NAME, Step, peak_memory, train as train_here
+from .training import Fitted, Progress, averaged_steps, learning_rate, set_up, sound_state
 from .vocabulary import kept_rows
 
-# %% ../nbs/19a_distributed.ipynb #08cead1e
+# %% ../nbs/19a_distributed.ipynb #c9f7d3e6
 PARAMETERS_NAME, TRAINED_NAME, OUTPUT_NAME = "parameters.json", "trained.json", "ranks.log"
 AGENT = "XTRANSFER_AGENT"  # variable that holds the process id of the torchrun that a notebook has started
 
@@ -45,7 +46,8 @@ def work(
     fitted = train_here(step)
     if ranks.first:
         facts = [[*place, about] for place, about in step.facts.items()]
-        write_json(path.parent / TRAINING_NAME / TRAINED_NAME, {"steps": fitted.steps, "facts": facts, "truncated": step.truncated, "seconds": step.seconds, "memory": peak_memory(), "processes": ranks.count, "vocabulary": fitted.vocabulary})
+        found = {"steps": fitted.steps, "facts": facts, "truncated": step.truncated, "seconds": step.seconds, "memory": peak_memory(), "processes": ranks.count, "vocabulary": fitted.vocabulary}
+        write_json(path.parent / TRAINING_NAME / TRAINED_NAME, with_checksum(found))
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -68,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     return 0
 
-# %% ../nbs/19a_distributed.ipynb #8f9750b9
-PROGRAM = f"import os; from xtransfer.core import end_with_parent; end_with_parent(); os.environ[{AGENT!r}] = str(os.getpid()); from torch.distributed.run import main; main()"
+# %% ../nbs/19a_distributed.ipynb #d41ad3de
+PROGRAM = f"import os, sys; from xtransfer.core import end_with_parent; end_with_parent(int(sys.argv.pop(1))); os.environ[{AGENT!r}] = str(os.getpid()); from torch.distributed.run import main; main()"
 
 def _follow(process: subprocess.Popen, training: Path) -> None:
     """Show the steps that the log of a training reports, until a process ends."""
@@ -79,7 +81,7 @@ def _follow(process: subprocess.Popen, training: Path) -> None:
         ended = process.poll() is not None  # asked before the log is read, so that its last line is shown
         if not (training / PLAN_NAME).exists() or not (training / LOG_NAME).exists():
             continue
-        rows = [json.loads(line) for line in (training / LOG_NAME).read_text().splitlines() if line.endswith("}")]
+        rows = read_log(training / LOG_NAME)
         last = next((row for row in reversed(rows) if "loss" in row), {"step": 0})
         bar = bar or StepBar(read_json(training / PLAN_NAME)["steps"], last["step"])
         if last["step"] > shown:
@@ -113,7 +115,7 @@ def _launch(step: Step) -> None:
     write_json(parameters, step.parameters)
     threads, path = str(step.parameters["threads"]), os.pathsep.join(p for p in (str(package_folder().parent), os.environ.get("PYTHONPATH")) if p)
     around = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TQDM_DISABLE": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", PROGRAM, "--standalone", "--nproc_per_node", str(step.processes), "-m", "xtransfer.distributed", str(parameters)]
+    command = [sys.executable, "-c", PROGRAM, str(os.getpid()), "--standalone", "--nproc_per_node", str(step.processes), "-m", "xtransfer.distributed", str(parameters)]
     with open(training / OUTPUT_NAME, "w") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=step.folder, env=around, start_new_session=True)
     try:
@@ -124,14 +126,25 @@ def _launch(step: Step) -> None:
     if code:
         raise XtransferError(_reason(step, code))
 
-# %% ../nbs/19a_distributed.ipynb #18a791e3
+# %% ../nbs/19a_distributed.ipynb #7ed9b4a4
+def _finished(training: Path) -> bool:
+    """Whether ranks have trained to the end and what they left is what they wrote; else what says so is removed."""
+    try:
+        found = read_json(training / TRAINED_NAME)
+        if is_whole(found) and sound_state(training) == training / f"state-{found['steps']:08d}":
+            return True
+    except XtransferError:  # there is none, or it is damaged
+        pass
+    (training / TRAINED_NAME).unlink(missing_ok=True)
+    return False
+
 def train(step: Step) -> Fitted:
     """Train the stage's mixture in as many processes as the notebook asks for, going on from a saved state if there is one."""
     if step.processes == 1:
         return train_here(step)
     check_ranks(step.processes, step.parameters["sharding"], torch.cuda.device_count())
     training, device, began = step.folder / TRAINING_NAME, step.model.encoder.device, time.monotonic()
-    if not (training / TRAINED_NAME).exists():
+    if not _finished(training):
         step.model.to("cpu")  # the ranks need the GPUs' memory
         torch.cuda.empty_cache()
         _launch(step)

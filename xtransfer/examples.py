@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Counts', 'RESAMPLES', 'example_counts', 'Difference', 'bootstrap_difference', 'compare_runs']
 
-# %% ../nbs/11d_examples.ipynb #d52b1c2b
+# %% ../nbs/11d_examples.ipynb #657be108
 import json
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from scipy import stats
 from .core import XtransferError, derive_seed, nearest
 from .inference import finite
 from .metrics import METRICS, find_chunks
-from .records import PREDICTIONS_NAME, Record, read_record
+from .records import PREDICTIONS_NAME, Record, read_predictions, read_record
 from .tasks import TASKS
 
 # %% ../nbs/11d_examples.ipynb #27dd0fb1
@@ -101,7 +101,7 @@ def bootstrap_difference(
     p = min(1.0, 2 * stats.t.sf(-stats.norm.ppf(min(share, 0.5)) / widened, n - 1))
     return Difference(difference=with_treatment - with_baseline, low=float(low), high=float(high), p=float(p), treatment=with_treatment, baseline=with_baseline, n=n)
 
-# %% ../nbs/11d_examples.ipynb #177bf643
+# %% ../nbs/11d_examples.ipynb #3e654a1b
 def _side(folder: str | Path, task: str, language: str, split: str, selection: str) -> tuple[pd.DataFrame, dict[str, float], int]:
     """One run's predictions of a task in a language, its recorded scores, and the number of examples."""
     record: Record = read_record(folder)
@@ -112,7 +112,7 @@ def _side(folder: str | Path, task: str, language: str, split: str, selection: s
     path = Path(folder) / PREDICTIONS_NAME
     if not path.exists():
         raise XtransferError(f"{record.run} has no {PREDICTIONS_NAME}; a comparison over examples needs the predictions, so run it again.")
-    rows = pd.read_parquet(path)
+    rows = read_predictions(folder, record)
     chosen = rows[(rows["task"] == task) & (rows["language"] == language) & (rows["split"] == split) & rows["selection"].isin([selection, "none"])]
     return chosen.reset_index(drop=True), {s.metric: s.value for s in found}, found[0].n
 

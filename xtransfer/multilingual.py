@@ -6,7 +6,7 @@
 __all__ = ['FARSTAIL', 'OCNLI', 'C3', 'JCOMMONSENSEQA', 'JNLI', 'JSQUAD', 'INDONLI', 'KLUE_NLI', 'ARCD', 'IGBO', 'XHOSA',
            'MASAKHANEWS', 'XNLI_TRANSLATED', 'PAWSX_TRANSLATED']
 
-# %% ../nbs/05a_multilingual.ipynb #0dcf15d6
+# %% ../nbs/05a_multilingual.ipynb #1f2e8b26
 import csv
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any
 from .core import XtransferError
 from .intermediate import NLI_LABELS
 from .languages import LANGUAGES, Language
-from .sources import Loader, Row, Source, hub_loader, hub_rows, local_copy, pins
+from .hub import patiently
+from .sources import Loader, Row, Source, asked_commit, hub_loader, hub_rows, local_copy
 from .tasks import TASKS, Format, Task, choice_columns, squad_columns, text_pair
 
 _SPLITS = {"train": "train", "dev": "validation", "test": "test"}
@@ -25,7 +26,7 @@ def _declare(name: str, format: Format, kind: str, source: Source, language: str
     scored = {"metrics": ("squad",), "headline": ("exact_match", "f1")} if format == "span_extraction" else {"metrics": ("accuracy",), "headline": ("accuracy",)}
     return TASKS.register(Task(name=name, format=format, kind=kind, source=source, languages=(language,), train_languages=(language,), load=load, trains_on=name, **scored, **others))
 
-# %% ../nbs/05a_multilingual.ipynb #8114b3f8
+# %% ../nbs/05a_multilingual.ipynb #f0b55e92
 _FARSTAIL = Source(repo="azarijafari/FarsTail", license="Apache-2.0", citation="arXiv 2009.08820")
 
 def _table_rows(path: Path) -> list[Row]:
@@ -44,7 +45,7 @@ def _farstail_rows(language: str, split: str) -> Sequence[Row]:
     except XtransferError as refused:
         from huggingface_hub import hf_hub_download
         try:
-            return _table_rows(Path(hf_hub_download(_FARSTAIL.repo, name, repo_type="dataset", revision=pins().get(_FARSTAIL.repo, _FARSTAIL.revision))))
+            return _table_rows(Path(patiently(lambda: hf_hub_download(_FARSTAIL.repo, name, repo_type="dataset", revision=asked_commit(_FARSTAIL)))))
         except Exception:  # neither form is there: what the first attempt said is what the user needs
             raise refused from None
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['render', 'data_link', 'drawing', 'figure_view']
 
-# %% ../nbs/13a_page.ipynb #89f6c905
+# %% ../nbs/13a_page.ipynb #6e05bbc7
 import base64
 import io
 import re
@@ -16,6 +16,9 @@ import matplotlib
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from .core import plainly
 
 # %% ../nbs/13a_page.ipynb #8b591455
 _CSS = """
@@ -116,12 +119,16 @@ _PAGE = """<!doctype html>
 <script>{{ script }}</script></body></html>
 """
 
-# %% ../nbs/13a_page.ipynb #6463a052
+# %% ../nbs/13a_page.ipynb #fd19e6db
+def _plain(value: Any) -> Any:
+    """A value as it goes onto the page: texts without control characters and marks that overrule the direction of writing."""
+    return plainly(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
 def render(
     **values: Any,  # everything that the templates name
 ) -> str:  # the page
     """The report page."""
-    env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, loader=DictLoader({"page": _PAGE, "section": _SECTION, "table": _TABLE}))
+    env = Environment(autoescape=True, finalize=_plain, undefined=StrictUndefined, trim_blocks=True, loader=DictLoader({"page": _PAGE, "section": _SECTION, "table": _TABLE}))
     return env.get_template("page").render(css=Markup(_CSS), script=Markup(_SCRIPT), **values)
 
 def data_link(
@@ -131,7 +138,7 @@ def data_link(
     """A file inside a link."""
     return f"data:{kind};charset=utf-8;base64,{base64.b64encode(content.encode()).decode()}"
 
-# %% ../nbs/13a_page.ipynb #03f4dfd3
+# %% ../nbs/13a_page.ipynb #fe1f8a57
 _FONTS = {"svg.fonttype": "none", "svg.hashsalt": "xtransfer", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"], "font.family": ["sans-serif"]}
 
 def drawing(
@@ -141,14 +148,16 @@ def drawing(
 ) -> Any:  # safe markup
     """A figure as an SVG element."""
     content = io.StringIO()
-    with matplotlib.rc_context(_FONTS):
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar sign in a name is one
+    with matplotlib.rc_context(_FONTS | {"text.parse_math": False}):
         figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = content.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg"):], flags=re.S)
     text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", text)
     text = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', lambda found: f'<svg viewBox="{found[1]}" role="img" aria-label="{Markup.escape(description)}">', text, count=1).replace("xlink:href", "href")
-    return Markup(re.sub(r">\s+<", "><", text))
+    return Markup(plainly(re.sub(r">\s+<", "><", text)))
 
 def figure_view(
     figure: Figure,

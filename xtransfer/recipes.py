@@ -10,7 +10,7 @@ __all__ = ['WORLD_PRETRAINING', 'WORLD_PRETRAININGS', 'WORLD_INTERMEDIATE', 'WOR
            'XTREME_R_PREPARATIONS', 'world_pretraining', 'intermediate', 'world_cells', 'updates', 'prolonged',
            'backbone_arms', 'factors_of', 'family_name', 'against', 'phang_recipe', 'phang_stage', 'phang_mixture']
 
-# %% ../nbs/12_recipes.ipynb #0e258bb0
+# %% ../nbs/12_recipes.ipynb #df23cc0b
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +20,9 @@ import xtransfer.intermediate  # noqa: F401  these register their tasks, and the
 import xtransfer.modifiers  # noqa: F401
 import xtransfer.multilingual  # noqa: F401
 import xtransfer.pretrained  # noqa: F401  and this one the published backbones
+import xtransfer.parallel_text  # noqa: F401
 import xtransfer.prompts  # noqa: F401
+import xtransfer.small_backbone  # noqa: F401
 import xtransfer.text  # noqa: F401
 import xtransfer.world_backbones  # noqa: F401
 import xtransfer.world_tasks  # noqa: F401

@@ -7,7 +7,7 @@ __all__ = ['gains_section', 'others_section', 'words_section', 'seeds_section', 
            'retrieval_section', 'controls_section', 'study_answer', 'show_answer', 'Report', 'make_report',
            'report_page', 'study_report']
 
-# %% ../nbs/14_report.ipynb #8c4ddca6
+# %% ../nbs/14_report.ipynb #64ebd53e
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ import xtransfer.multitask_answer  # noqa: F401
 import xtransfer.similarity_answer  # noqa: F401
 import xtransfer.stilts_answer  # noqa: F401
 from .analysis import AVERAGES
-from .core import XtransferError, write_text
+from .core import XtransferError, plainly, write_text
 from .findings import Findings, answer, find, listed, summary, terminal_table
 from .languages import LANGUAGES, distance_to_english
 from .page import data_link, figure_view, render
@@ -260,16 +260,18 @@ def _facts(study: Study, findings: Findings | None, records: Mapping[str, Record
     facts += [("seeds", f"{len(seeds)} ({', '.join(map(str, seeds))})"), ("runs", f"{len(records)} recorded of {planned}, {duration(sum(record.seconds.get('total', 0.0) for record in records.values()))} of computing in all")]
     return facts + ([("recorded", ended[0] if ended[0] == ended[-1] else f"{ended[0]} to {ended[-1]}")] if ended else [])
 
-# %% ../nbs/14_report.ipynb #8bc56da2
+# %% ../nbs/14_report.ipynb #84381760
 def show_answer(answer: Answer) -> None:
     """Display an answer in a notebook, section by section."""
     from IPython.display import Markdown, display
 
+    def written(text: str) -> str:
+        return re.sub(r"([\\*_<>`~|\[\]!#$&])", r"\\\1", plainly(text))
     def words(text: str) -> Markdown:
-        return Markdown(re.sub(r"([*_<`~|])", r"\\\1", text))
+        return Markdown(written(text))
     display(words(answer.sentence))
     for section in answer.sections:
-        display(Markdown(f"### {section.heading}"), *map(words, section.text))
+        display(Markdown(f"### {written(section.heading)}"), *map(words, section.text))
         for plate in section.figures:
             display(plate.chart, words(plate.caption))
         for table in section.tables:

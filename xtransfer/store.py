@@ -6,10 +6,9 @@
 __all__ = ['COUNTED', 'ROWS_LIMIT', 'tokenizer_fingerprint', 'content_of', 'stored', 'encode_examples', 'stored_sentences',
            'stored_sides', 'Unknown', 'look', 'rows_key', 'StoredRows', 'stored_examples']
 
-# %% ../nbs/15e_store.ipynb #6a4db42c
+# %% ../nbs/15e_store.ipynb #94e2fe1e
 import hashlib
 import json
-import marshal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -161,7 +160,7 @@ def rows_key(task: Task, language: str, split: str, limit: int | None) -> str | 
     except (Unknown, RecursionError, ValueError, TypeError):
         return None
 
-# %% ../nbs/15e_store.ipynb #0c909f90
+# %% ../nbs/15e_store.ipynb #0b3f5dd6
 ROWS_LIMIT = 2**28  # bytes: of larger collections only the facts are kept; their rows are read again when they are asked for
 
 class StoredRows(Sequence[dict[str, Any]]):
@@ -189,9 +188,9 @@ class StoredRows(Sequence[dict[str, Any]]):
     __hash__ = None
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value comes back from marshal as it was."""
+    """Whether a value comes back from JSON as it was."""
     kind = type(value)
-    return kind in (str, int, float, bool, type(None)) or kind in (list, tuple) and all(map(_is_plain, value)) or kind is dict and all(type(k) is str and _is_plain(v) for k, v in value.items())
+    return kind in (str, int, float, bool, type(None)) or kind is list and all(map(_is_plain, value)) or kind is dict and all(type(k) is str and _is_plain(v) for k, v in value.items())
 
 def stored_examples(task: Task, language: str, split: str, limit: int | None = None) -> Examples:
     """What `load_examples` returns, from the store where it can be told that it would be the same.
@@ -205,13 +204,13 @@ def stored_examples(task: Task, language: str, split: str, limit: int | None = N
     if found is None:
         examples = load_examples(task, language, split, limit)
         if _is_plain(examples.rows):
-            content = marshal.dumps(examples.rows, 4)
+            content = json.dumps(examples.rows).encode()
             kept = {f.name: getattr(examples, f.name) for f in fields(Examples) if f.name != "rows"}
             arrays = {"rows": np.frombuffer(content, dtype=np.uint8)} if len(content) <= ROWS_LIMIT else {}
             write_entry(key, arrays, {"what": f"rows of {task.name} {split} {language}" + (f", at most {limit}" if limit else ""), "sequences": len(examples.rows), "examples": kept, "fingerprint": examples.fingerprint})
         return examples
     meta, arrays = found
-    read = (lambda: marshal.loads(arrays["rows"])) if arrays else lambda: load_examples(task, language, split, limit).rows
+    read = (lambda: json.loads(bytes(arrays["rows"]))) if arrays else lambda: load_examples(task, language, split, limit).rows
     examples = Examples(rows=StoredRows(meta["sequences"], read), **meta["examples"])
     vars(examples)["fingerprint"] = meta["fingerprint"]  # where the property keeps what it has computed
     return examples

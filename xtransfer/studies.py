@@ -7,7 +7,7 @@ __all__ = ['ALGORITHM_VERSION', 'Template', 'TEMPLATES', 'PROFILES', 'STUDIES', 
            'Contrast', 'Inapplicable', 'lineage', 'limited', 'Study', 'not_applicable', 'StudyDeclaration',
            'intermediate_cells', 'with_seeds', 'load_declarations']
 
-# %% ../nbs/09_studies.ipynb #bb3bd627
+# %% ../nbs/09_studies.ipynb #518a860a
 import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .backbones import BACKBONES, unsuitable
-from .core import Registry, XtransferError, digest, nearest
+from .core import Registry, XtransferError, check_name, digest, nearest
 from .tasks import PRETRAINING_FORMATS, TASKS, UNTRAINED_FORMATS
 
 # %% ../nbs/09_studies.ipynb #9b9498f6
@@ -203,7 +203,7 @@ def _obstacle(cell: Cell) -> str | None:
     asked = [(cell.target, run.stage), *((task, stage) for stage in reversed(run.stages) for task in (*stage.score, *stage.train))]
     return next((reason for task, stage in asked if (reason := unsuitable(BACKBONES[run.backbone], TASKS[task], stage.recipe.max_length))), None)
 
-# %% ../nbs/09_studies.ipynb #0d7f1353
+# %% ../nbs/09_studies.ipynb #2611710e
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """A question, the runs that answer it, and the comparisons that will be made."""
@@ -224,8 +224,9 @@ class Study:
     def __post_init__(self) -> None:
         """Set aside what the backbone cannot do.
 
-        Raises: XtransferError when nothing is left.
+        Raises: XtransferError when nothing is left, or for a name that cannot be that of a file.
         """
+        check_name("study", self.name), check_name("profile", self.profile)
         found = [(cell, _obstacle(cell)) for cell in self.cells]
         lost = tuple(Inapplicable(cell=cell, reason=reason) for cell, reason in found if reason)
         if lost and len(lost) == len(found):
@@ -344,7 +345,7 @@ class StudyDeclaration:
 
 STUDIES: Registry[StudyDeclaration] = Registry("study")
 
-# %% ../nbs/09_studies.ipynb #18d5b0d3
+# %% ../nbs/09_studies.ipynb #8845fe5f
 def intermediate_cells(
     backbone: str,  # name in BACKBONES, hub id, or folder of a checkpoint
     arms: Mapping[str, tuple[Stage, ...]],  # arm -> the stages between the start and the target, for seed 0; () is the baseline
@@ -355,6 +356,7 @@ def intermediate_cells(
     retrieval_recipe: Recipe | None = None,  # its max_length is used; required with `untrained`
     exceptions: Mapping[str, Mapping[str, Any]] | None = None,  # target -> fields of its Stage that differ, such as score_splits, or the tasks that are trained together with it
     preparations: Mapping[str, tuple[Stage, ...]] | None = None,  # target, trained or not -> stages between the arm and it
+    pretrained_once: bool = False,  # all seeds start from one pretraining, with the seed of its stage; otherwise each seed has its own
 ) -> tuple[Cell, ...]:
     """Every combination of arm, target and seed as a run.
 
@@ -378,7 +380,7 @@ def intermediate_cells(
     for (arm, stages), seed, together in product(arms.items(), seeds, shared.values()):
         prepared = [trained.get(digest([stage.train, stage.recipe]), stage) for stage in preparations.get(together[0], ())]  # a target that trains the same is the preparation
         path = (*((pretraining,) if pretraining else ()), *stages, *prepared, lasts[together[0]])
-        run = Run(backbone=_resolvable(backbone), stages=tuple(replace(stage, seed=seed) for stage in path))
+        run = Run(backbone=_resolvable(backbone), stages=tuple(stage if pretrained_once and stage is pretraining else replace(stage, seed=seed) for stage in path))
         cells.extend(Cell(arm=arm, target=target, seed=seed, run=run) for target in together)
     return tuple(cells)
 

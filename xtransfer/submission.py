@@ -6,7 +6,7 @@
 __all__ = ['Selection', 'Rows', 'Choice', 'choose_runs', 'tatoeba_order', 'file_texts', 'kept_rows', 'write_submission',
            'format_submission']
 
-# %% ../nbs/14b_submission.ipynb #ae1d01ce
+# %% ../nbs/14b_submission.ipynb #ecb5eb28
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import pandas as pd
 from .benchmark import BENCHMARKS, Benchmark, BenchmarkTask, read_content, read_json_labels, read_lines, read_tags
 from .core import XtransferError, nearest, write_json, write_text
 from .metrics import METRICS
-from .records import PREDICTIONS_NAME, Record, run_folder, study_records
+from .records import PREDICTIONS_NAME, Record, read_predictions, run_folder, study_records
 from .studies import Cell, Study
 from .tasks import TASKS, load_examples
 
@@ -120,7 +120,7 @@ def file_texts(
             texts.append(_lines([json.dumps({"label": label}) for label in side] if task.suffix == "jsonl" else side))
     return texts[0], texts[1]
 
-# %% ../nbs/14b_submission.ipynb #665b42f9
+# %% ../nbs/14b_submission.ipynb #3f59c932
 def kept_rows(
     choice: Choice,
     outputs: str | Path,  # folder of records
@@ -138,7 +138,7 @@ def kept_rows(
         return {}
     if not path.is_file():
         raise XtransferError(f"run {run.id} keeps no predictions, {path} is missing; delete its folder and run it again.")
-    frame = pd.read_parquet(path)
+    frame = read_predictions(path.parent, choice.record)
     frame = frame[(frame["task"] == task) & (frame["split"] == "test") & (frame["selection"] == wanted)]
     found: dict[str, Rows] = {}
     for language in [code for code in choice.task.languages if code in counts]:

@@ -8,7 +8,7 @@ __all__ = ['Format', 'FORMATS', 'COLUMNS', 'SPLITS', 'UNTRAINED_FORMATS', 'PRETR
            'choice_columns', 'sentence_pair', 'plain_text', 'mining_side', 'nearest_occurrence', 'Examples',
            'is_unlabelled', 'load_examples']
 
-# %% ../nbs/03_tasks.ipynb #80563966
+# %% ../nbs/03_tasks.ipynb #18ded485
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from .core import Registry, XtransferError, digest, nearest
+from .core import Registry, XtransferError, check_name, digest, nearest
 from .sources import Row, Source, local_copy
 
 # %% ../nbs/03_tasks.ipynb #1bb12d30
@@ -122,7 +122,7 @@ class Task:
         """Whether every question must have an answer (SQuAD 1.1) or may have none (SQuAD 2.0)."""
         return self.format == "span_extraction" and "squad_v2" not in self.metrics
 
-# %% ../nbs/03_tasks.ipynb #af6b9cbe
+# %% ../nbs/03_tasks.ipynb #d01d302a
 MODIFIERS: dict[str, Callable[[Task, tuple[str, ...]], Task]] = {}  # "shuffled" -> (task, arguments) -> the task with shuffled labels
 
 class TaskRegistry(Registry[Task]):
@@ -131,6 +131,15 @@ class TaskRegistry(Registry[Task]):
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
         self._variants: dict[str, tuple[Task, Task]] = {}  # name -> the task that it was made from, and the variant
+
+    def register(self, entry: Task) -> Task:
+        """Add or replace a task.
+
+        Raises: XtransferError for a name, or a language's code, that cannot be that of a file.
+        """
+        for language in (*entry.languages, *entry.train_languages):
+            check_name("language", language)
+        return super().register(entry)
 
     def __getitem__(self, name: str) -> Task:
         if name not in self._entries and "@" in name:
@@ -306,7 +315,13 @@ class Examples:
         return {"task": self.task, "language": self.language, "split": self.split, "rows": len(self.rows), "available": self.available, "expected": self.expected, "capped": self.capped,
                 "repaired": self.repaired, "dropped": self.dropped, "unlabelled": self.unlabelled, "note": note, "fingerprint": self.fingerprint[:12]}
 
-# %% ../nbs/03_tasks.ipynb #433ffb48
+# %% ../nbs/03_tasks.ipynb #8b9f607f
+def _half_characters(example: Mapping[str, Any]) -> str:
+    """What is wrong with an example that no file can hold: JSON can spell half of a character, which is no text."""
+    def whole(value: Any) -> bool:
+        return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value) if isinstance(value, str) else not isinstance(value, list) or all(map(whole, value))
+    return next((f"holds half a character in {column!r}, {ascii(value)[:60]}; its file was cut or written wrongly" for column, value in example.items() if not whole(value)), "")
+
 def is_unlabelled(example: Mapping[str, Any]) -> bool:
     """Whether an example of a format with labels has none, in one of the ways in which data sets say so."""
     return any(column in example and example[column] in (None, "", -1, "-1", "-") for column in ("label", "reference"))
@@ -353,7 +368,7 @@ def load_examples(
         if is_unlabelled(example):
             unlabelled += 1
             continue
-        if problem := _problem(task, example):
+        if problem := _problem(task, example) or _half_characters(example):
             raise XtransferError(f"row {index} of task {task.name}, language {language}, split {split} {problem}.")
         if task.format == "span_extraction":
             example, moved, lost = _repair(example, keep_lost=split != "train")

@@ -6,7 +6,7 @@
 __all__ = ['TRANSLATED', 'MEMORY_NAME', 'sentences', 'texts_of', 'translated_example', 'TranslationModel', 'Translator', 'Memory',
            'translate_split', 'translate_task']
 
-# %% ../nbs/23_translation.ipynb #9e46ea96
+# %% ../nbs/23_translation.ipynb #34c53faa
 import json
 import re
 import time
@@ -19,10 +19,12 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 
+from .backbones import no_safetensors
 from .core import XtransferError, read_json, write_json, write_text
+from .hub import hub_said, model_files
 from .languages import LANGUAGES
 from .runs import format_duration
-from .sources import data_folder, folder_digest
+from .sources import data_folder, folder_digest, model_commit
 from .tasks import Examples, Task, load_examples, nearest_occurrence
 
 # %% ../nbs/23_translation.ipynb #987cef8b
@@ -71,7 +73,7 @@ def translated_example(
             return {"id": example["id"], "text": said(example["text"]), "text_pair": ""}
     return {"id": example["id"], "text": said(example["text"]), "text_pair": said(example["text_pair"]) if example["text_pair"] else "", "label": example["label"]}
 
-# %% ../nbs/23_translation.ipynb #b88103db
+# %% ../nbs/23_translation.ipynb #ca4985b8
 @dataclass(frozen=True, kw_only=True)
 class TranslationModel:
     """A sequence-to-sequence model and how it is told what to do."""
@@ -100,14 +102,19 @@ class Translator:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.name, revision=asked.revision, **({"src_lang": asked.source_code} if asked.source_code else {}))
-            self.model = transformers.AutoModelForSeq2SeqLM.from_pretrained(self.name, revision=asked.revision, dtype=torch.float32)
-        except (OSError, ValueError, ImportError) as error:
-            raise XtransferError(f"the translation model {self.name} (revision {asked.revision}) cannot be loaded: {str(error).strip().splitlines()[0].rstrip('.')}.") from error
+            place = Path(self.name) if local else model_files(self.name, model_commit(self.name, asked.revision), weights=True)
+            if not any(place.glob("*.safetensors")):
+                raise XtransferError(no_safetensors(f"{self.name} (revision {asked.revision})", "of the translations"))
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **({"src_lang": asked.source_code} if asked.source_code else {}))
+            self.model = transformers.AutoModelForSeq2SeqLM.from_pretrained(place, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+        except XtransferError:
+            raise
+        except Exception as error:  # the clients raise a dozen kinds
+            raise XtransferError(f"the translation model {self.name} (revision {asked.revision}) cannot be loaded: {hub_said(error)}.") from error
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.prefix = asked.source_prefix.replace("{language}", language).replace("{code}", code)
         self.first = self._first_token(code) if asked.source_code else None
-        self.revision = f"local-{folder_digest(Path(self.name))}" if local else getattr(self.model.config, "_commit_hash", None) or asked.revision
+        self.revision = f"local-{folder_digest(Path(self.name))}" if local else place.name
 
     def _first_token(self, code: str) -> int:
         """The token that a translation into a language begins with."""

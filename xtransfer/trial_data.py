@@ -141,7 +141,7 @@ def examples_of(task: Task, language: str, rows: Sequence[Mapping[str, Any]], sp
     """Rows as the package's evaluation takes them."""
     return Examples(task=task.name, language=language, split=split, rows=list(rows), available=len(rows), expected=None)
 
-# %% ../nbs/24a_trial_data.ipynb #b250a9e9
+# %% ../nbs/24a_trial_data.ipynb #88331d01
 SMALL = {"layers": 6, "width": 384, "heads": 12, "vocabulary": 250002}
 
 def make_checkpoint(
@@ -170,7 +170,7 @@ def make_checkpoint(
         pieces, source = made_tokenizer(languages), "a made-up tokenizer"
     else:
         try:
-            pieces, source = AutoTokenizer.from_pretrained(tokenizer), tokenizer.split("/")[-1] + "'s tokenizer"
+            pieces, source = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False), tokenizer.split("/")[-1] + "'s tokenizer"
         except (OSError, ValueError) as error:
             raise XtransferError(f"the tokenizer {tokenizer} cannot be had ({str(error).splitlines()[0]}); name a folder that holds it (tokenizer), or take made-up texts (data: synthetic).") from error
     rows = max(shape["vocabulary"], len(pieces))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRELOAD', 'KERNEL_LOG', 'ENGINE', 'kill_kernels', 'WarmProvisioner', 'FolderEngine', 'use_warm_kernels']
 
-# %% ../nbs/20_warm.ipynb #4b4b4da9
+# %% ../nbs/20_warm.ipynb #6a52f383
 import multiprocessing
 import os
 import signal
@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from types import ModuleType
 from typing import Any
 
@@ -22,40 +23,40 @@ from papermill.engines import NBClientEngine, papermill_engines
 
 from .core import end_with_parent
 
-# %% ../nbs/20_warm.ipynb #57069e0f
+# %% ../nbs/20_warm.ipynb #28bfcdb5
 PRELOAD = ("xtransfer.preload", "xtransfer.warm")  # see preload, which this module must not import: the driver is no child
 KERNEL_LOG = "kernel.log"
 
 def _let_go_of_the_server() -> None:
     """Close this process's end of the pipe that keeps the fork server alive, so that the server, and the kernels with it, end when the driver does."""
-    from multiprocessing import forkserver
-
     alive = getattr(forkserver._forkserver, "_forkserver_alive_fd", None)
     if alive is not None:
         os.close(alive)
         forkserver._forkserver._forkserver_alive_fd = None
 
-def _become_kernel(connection_file: str, folder: str, environment: Mapping[str, str]) -> None:
-    """Turn this forked process into an IPython kernel that runs in a folder."""
-    parent = os.getppid()
+def _become_kernel(connection_file: str, folder: str, environment: Mapping[str, str], parent: int | None) -> None:
+    """Turn this forked process into an IPython kernel that runs in a folder; `parent` is the fork server's process id, which may have died already."""
+    end_with_parent(parent)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    end_with_parent(parent)
     _let_go_of_the_server()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    os.environ["JPY_PARENT_PID"] = str(parent)
-    log = os.open(KERNEL_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.environ["JPY_PARENT_PID"] = str(os.getppid())
+    try:
+        log = os.open(KERNEL_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:  # a disk that is full: the notebook will say so in its own words
+        log = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(log, stream)
     from ipykernel.kernelapp import IPKernelApp
 
     app = IPKernelApp.instance()
-    app.initialize(["-f", connection_file])
+    app.initialize(["-f", connection_file, "--HistoryManager.enabled=False"])  # a data base that all kernels would share, for nobody
     app.start()
 
-# %% ../nbs/20_warm.ipynb #568e9ff4
+# %% ../nbs/20_warm.ipynb #52b05c2a
 class _ForkedProcess:
     """A process of the fork server with the part of `Popen`'s interface that the provisioner uses."""
 
@@ -109,8 +110,10 @@ class WarmProvisioner(LocalProvisioner):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOAD))
         connection_file = cmd[cmd.index("-f") + 1]
-        process = context.Process(target=_become_kernel, args=(connection_file, kwargs.get("cwd") or os.getcwd(), dict(kwargs.get("env") or os.environ)), daemon=True)
         with _without_starting_script():
+            forkserver.ensure_running()
+            server = getattr(forkserver._forkserver, "_forkserver_pid", None)
+            process = context.Process(target=_become_kernel, args=(connection_file, kwargs.get("cwd") or os.getcwd(), dict(kwargs.get("env") or os.environ), server), daemon=True)
             process.start()
         self.process = _ForkedProcess(process)
         self.pid, self.pgid = self.process.pid, None

@@ -6,7 +6,7 @@
 __all__ = ['CONFIGURATIONS', 'LAUNCH', 'LOG', 'CLUSTER_THREADS', 'ELSEWHERE', 'workflow_folder', 'is_executor_profile',
            'executor_profile', 'check_snakemake', 'Executor', 'Pass', 'Account', 'run_with_snakemake']
 
-# %% ../nbs/21b_driver.ipynb #84e44d61
+# %% ../nbs/21b_driver.ipynb #cca1aa6f
 import importlib.util
 import os
 import signal
@@ -21,7 +21,7 @@ from typing import Any
 from .cluster import BUSY_WAIT, SECONDS_OF_JOB, SLACK, UNMEASURED, make_jobs, reports, write_plan
 from .core import XtransferError, nearest, package_folder
 from .cost import H100, Estimate, estimate, format_duration
-from .runs import Outcome, Work, check_same_data, estimate_study, gpu_count, remaining, run_status, worker_count
+from .runs import Outcome, Work, check_finished, estimate_study, gpu_count, remaining, run_status, worker_count
 from .studies import Study, lineage
 
 # %% ../nbs/21b_driver.ipynb #c8db857e
@@ -177,7 +177,7 @@ class Account:
         ended = len(self.outcome.done) + len(self.outcome.failed)
         self.report(f"[{ended:>{len(str(self.total))}}/{self.total}] {run['seconds']:6.1f} s  {'' if done else 'failed  '}{run['run']}  (on {run['node']}" + (f", about {format_duration(left)} of jobs left)" if left else ")"))
 
-# %% ../nbs/21b_driver.ipynb #78a17477
+# %% ../nbs/21b_driver.ipynb #32a7aa18
 def _follow(executor: Executor, current: Pass, account: Account) -> None:
     """Start Snakemake and tell what becomes of runs until it ends, or the user interrupts."""
     process = executor.start(current.folder)
@@ -208,14 +208,13 @@ def run_with_snakemake(
 ) -> Outcome:
     """Execute every run of a study that is not finished, as `run_study` does, in jobs of Snakemake.
 
-    Raises: KeyboardInterrupt after Snakemake has cancelled its jobs; XtransferError when Snakemake is missing, or finished runs read other data.
+    Raises: KeyboardInterrupt after Snakemake has cancelled its jobs; XtransferError when Snakemake is missing, or a finished run is damaged or read other data.
     """
     check_snakemake()
     def left() -> set[str]:
         return {item.run.id for item in remaining(study, outputs, keep_checkpoints)}
     expected, digests, waits = left(), {run.id: run.digest for run in study.plan()}, False
-    if expected:
-        check_same_data(study, outputs)
+    check_finished(study, outputs, remaining(study, outputs, keep_checkpoints))
     account = Account(total=len(expected), report=report)
     outcome = account.outcome
     while True:

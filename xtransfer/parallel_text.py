@@ -6,16 +6,16 @@
 __all__ = ['BIBLE_LANGUAGES', 'BIBLE', 'UNSPACED', 'WIKIANN_LANGUAGES', 'WIKIANN_TEXT', 'UDPOS_TEXT', 'is_held_out',
            'with_translations', 'translated_text', 'tagged_text']
 
-# %% ../nbs/05d_parallel_text.ipynb #42db2eee
+# %% ../nbs/05d_parallel_text.ipynb #faefb021
 import random
 import zlib
 from collections.abc import Callable, Sequence
 
 from .core import derive_seed
 from .languages import UDPOS_CONFIGS
-from .sources import Loader, Row, Source, hub_rows
-from .tasks import TASKS, Task, plain_text
-from .text import HELD_OUT, MOST_HELD_OUT, hold_out
+from .sources import Row, Source, hub_rows
+from .tasks import TASKS, Task
+from .text import HELD_OUT, MOST_HELD_OUT, hold_out, task_of_texts
 
 # %% ../nbs/05d_parallel_text.ipynb #ae4e12ca
 def is_held_out(key: str) -> bool:
@@ -36,7 +36,7 @@ def with_translations(
     random.Random(seed).shuffle(found)
     return found[:MOST_HELD_OUT] if split == "dev" else found
 
-# %% ../nbs/05d_parallel_text.ipynb #375ffef9
+# %% ../nbs/05d_parallel_text.ipynb #78d52f68
 def translated_text(
     name: str,
     source: Source,  # a configuration for each language, all in the split "train"
@@ -51,8 +51,7 @@ def translated_text(
     def rows(language: str, split: str) -> Sequence[Row]:
         other = hub_rows(source, pivot, "train")
         return with_translations(other if language == pivot else hub_rows(source, language, "train"), other, key, column, split, derive_seed("order", name, language))
-    return Task(name=name, format="masked_lm", kind="text", source=source, languages=tuple(languages), train_languages=tuple(languages), load=Loader((source,), ("train", "dev"), rows),
-                read=plain_text(), trains_on=name, description=description, traps=traps)
+    return task_of_texts(name, source, languages, rows, description=description, traps=traps)
 
 # %% ../nbs/05d_parallel_text.ipynb #5a9dd051
 BIBLE_LANGUAGES = tuple("en de fr es ru fi hu zh ja ko vi el he tl pt nl pl uk ml ht my eu sw et".split())
@@ -63,7 +62,7 @@ _BIBLE = Source(repo="local/bible-verses", license="by translation; most are in 
 BIBLE = TASKS.register(translated_text("bible_verses", _BIBLE, BIBLE_LANGUAGES, key="verse_id", description="Masked words of Bible verses in 24 languages, each verse beside its English translation.",
                                        traps="One book, in old and in new language. Russian, French and Finnish hold books that English lacks; those verses stand alone. Verses are numbered differently in a few chapters, so that some stand beside the wrong verse."))
 
-# %% ../nbs/05d_parallel_text.ipynb #da5901f7
+# %% ../nbs/05d_parallel_text.ipynb #94f44733
 UNSPACED = ("zh", "ja", "th", "my")  # languages written without spaces between words
 
 def tagged_text(
@@ -79,8 +78,7 @@ def tagged_text(
         joint = "" if language in UNSPACED else " "
         found = [{"id": str(number), "text": joint.join(row[column])} for number, row in enumerate(hub_rows(source, config(language), "train")) if len(row[column])]
         return hold_out(found, "text", derive_seed("held out", name, language))[split == "dev"]
-    return Task(name=name, format="masked_lm", kind="text", source=source, languages=tuple(languages), train_languages=tuple(languages), load=Loader((source,), ("train", "dev"), rows),
-                read=plain_text(), trains_on=name, description=description)
+    return task_of_texts(name, source, languages, rows, description=description)
 
 WIKIANN_LANGUAGES = tuple("af ar bg bn en et eu fa hi id it ka kk mr ms sw ta te tr ur".split())
 WIKIANN_TEXT = TASKS.register(tagged_text(

@@ -1,6 +1,7 @@
 """What the tests of data parallel training run, alone or in several processes: `torchrun together.py FOLDER` trains every case together and leaves what came of it."""
 
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import save_file
 
 import toys  # noqa: F401  declares the toy tasks
 import xtransfer.catalogue
+import xtransfer.states
 import xtransfer.training
 from xtransfer.backbones import BACKBONES, Backbone
 from xtransfer.encoding import encode
@@ -83,12 +86,14 @@ def trained(case, folder, ranks=None, die_at=None, save_seconds=1e9):
 
 
 def interrupted(case, folder, ranks, moments=(3, 0, 5)):
-    """A training that dies again and again, every step having saved a state."""
+    """A training that dies again and again, every step having saved a state; the first rank is slow to write, so that the others begin again before it has."""
+    xtransfer.states.save_file = lambda *given: (time.sleep(0.1), save_file(*given))
     for moment in moments:
         try:
             trained(case, folder, ranks, die_at=moment, save_seconds=0)
         except Killed:
             pass
+    xtransfer.states.save_file = save_file
     trained(case, folder, ranks)
 
 

@@ -124,7 +124,7 @@ class Alone:
     def free_memory(self) -> None:
         """Nothing is kept between trainings."""
 
-# %% ../nbs/16d_ranks.ipynb #19f80a94
+# %% ../nbs/16d_ranks.ipynb #edba7fc9
 Sharding = Literal["", "full"]
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,12 +191,20 @@ class Ranks:
         """Development scores: the first rank's, while the others wait; sharded weights are needed by all, so there all take part."""
         if self.sharding:
             model.unshard()  # what stands outside the layers; those see to themselves
-        found = [dict(score()) if self.first or self.sharding else None]
+        found = dict(score()) if self.first or self.sharding else None
         if self.sharding:
             model.reshard()
+        return self.told(found)
+
+    def told(
+        self,
+        word: Any,  # the first rank's; what the others give is not read
+    ) -> Any:
+        """What the first rank says, on every rank; those that are early wait for it."""
+        said = [word]
         if self.count > 1:
-            distributed.broadcast_object_list(found, device=self.accelerator.device)
-        return found[0]
+            distributed.broadcast_object_list(said, device=self.accelerator.device)
+        return said[0]
 
 # %% ../nbs/16d_ranks.ipynb #a6fff9b3
 PATIENCE = datetime.timedelta(days=7)  # ranks wait while the first one scores; that one has died is seen by torchrun and not by waiting

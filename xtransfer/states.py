@@ -96,13 +96,12 @@ def save_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
         elif old.name.startswith("best-") and old.name != best:
             old.unlink(missing_ok=True)
 
-# %% ../nbs/16j_states.ipynb #ad53e904
+# %% ../nbs/16j_states.ipynb #bb97f8c7
 def sound_state(
     folder: Path,  # of a training
-    first: bool = True,  # of several ranks, the one that writes
 ) -> Path | None:
-    """The newest state, when it and the weights that it names are what was written; a damaged one is removed with a note, since training anew comes to the same."""
-    for part in folder.glob("part-*") if first else ():  # of a process that was killed
+    """The newest state, when it and the weights that it names are what was written; a damaged one is removed with a note, since training anew comes to the same. Of several ranks only the one that writes may ask."""
+    for part in folder.glob("part-*"):  # of a process that was killed
         shutil.rmtree(part, ignore_errors=True)
     states = sorted(folder.glob("state-*"))
     if not states:
@@ -115,10 +114,9 @@ def sound_state(
             reason = str(error).splitlines()[0]
     if reason is None:
         return states[-1]
-    if first:
-        take_note(folder, f"the training state {states[-1]} is damaged ({reason}); it was removed, and the stage is trained anew.")
-        for state in states:
-            shutil.rmtree(state, ignore_errors=True)
+    take_note(folder, f"the training state {states[-1]} is damaged ({reason}); it was removed, and the stage is trained anew.")
+    for state in states:
+        shutil.rmtree(state, ignore_errors=True)
     return None
 
 def load_state(state: Path | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:

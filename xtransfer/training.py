@@ -299,7 +299,7 @@ def _loop(updates: _Updates, sampler: Sampler, rates: Sequence[float], progress:
             saved = time.monotonic()
             pause = save_seconds and max(save_seconds, SAVING * (saved - began))
 
-# %% ../nbs/17_training.ipynb #9fda359d
+# %% ../nbs/17_training.ipynb #1993d4c4
 def fit(
     model: StageModel,
     data: Mapping[str, Encoded],  # encoded training examples of each task
@@ -325,7 +325,7 @@ def fit(
     set_up(model, recipe, seed)
     torch.manual_seed(derive_seed(seed, "dropout"))
     reason, rows = whole_because(model, recipe, ranks.sharding), model.text.get_input_embeddings().num_embeddings
-    state = sound_state(folder, ranks.first)
+    state = ranks.told(sound_state(folder) if ranks.first else None)  # a late first rank may still be writing one and removing the last
     with trimmed_vocabulary(model, None if reason or reads is None else [*data.values(), *reads], recipe, rates) as trimmed:
         if trimmed is not None and ranks.first:
             keep_rows(trimmed, folder)

@@ -177,7 +177,9 @@ def test_two_processes_on_the_same_outputs(tmp_path, toy_outputs):
     assert outcome(tmp_path) == outcome(toy_outputs)
 
 
-def test_a_script_without_a_main_guard_executes_a_run(tmp_path):
+def test_a_script_without_a_main_guard_executes_a_run_and_the_folder_for_temporary_files_has_a_long_name(tmp_path):
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
     script = tmp_path / "one_cell.py"
     script.write_text(f"""
 print("starting")
@@ -188,5 +190,5 @@ load_declarations([{str(TOYS)!r}])
 run = STUDIES["toys"].build("smoke").plan()[0]
 print(execute(run, {str(tmp_path / "records")!r}, declarations=[{str(TOYS)!r}]).status)
 """)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200, env=os.environ | {"TMPDIR": str(long)})
     assert done.returncode == 0 and done.stdout.split() == ["starting", "complete"], done.stdout + done.stderr

@@ -124,7 +124,7 @@ class Alone:
     def free_memory(self) -> None:
         """Nothing is kept between trainings."""
 
-# %% ../nbs/16d_ranks.ipynb #edba7fc9
+# %% ../nbs/16d_ranks.ipynb #cbc64b30
 Sharding = Literal["", "full"]
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,11 +196,8 @@ class Ranks:
             model.reshard()
         return self.told(found)
 
-    def told(
-        self,
-        word: Any,  # the first rank's; what the others give is not read
-    ) -> Any:
-        """What the first rank says, on every rank; those that are early wait for it."""
+    def told(self, word: Any) -> Any:
+        """The first rank's word, on every rank; those that are early wait for it."""
         said = [word]
         if self.count > 1:
             distributed.broadcast_object_list(said, device=self.accelerator.device)

@@ -8,14 +8,14 @@ __all__ = ['Row', 'DATA_VARIABLE', 'PINS_NAME', 'COMMITS_VARIABLE', 'CONVERTED',
            'model_pin', 'hub_rows', 'verify_cached', 'Loader', 'Drawn', 'interleaved', 'hub_loader', 'file_loader',
            'user_folder', 'existing_file', 'text_lines', 'json_lines', 'resolved_revision']
 
-# %% ../nbs/02a_sources.ipynb #7854369a
+# %% ../nbs/02a_sources.ipynb #f21374e6
 import hashlib
 import heapq
 import json
 import os
 import shutil
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -237,7 +237,7 @@ def _hub_split(repo: str, config: str | None, split: str, commit: str) -> Any:
             _looked_up.clear()  # the next question finds out in a moment whether the hub answers at all
         raise
 
-# %% ../nbs/02a_sources.ipynb #c670f335
+# %% ../nbs/02a_sources.ipynb #65c150f8
 MARK_NAME = ".xtransfer.json"
 
 def _tables(folder: Path) -> dict[str, list[Any]]:
@@ -264,14 +264,21 @@ def _read_mark(path: Path) -> Mapping[str, Any]:
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("tables"), dict) and isinstance(found.get("configs"), list) else {}
 
-def _marked_split(repo: str, config: str | None, split: str, commit: str) -> Any:
-    """A split from marked tables; None where there are none."""
+def _marked(repo: str, commit: str) -> Iterator[tuple[Mapping[str, Any], Path]]:
+    """The marks of a data set's tables at a commit, each with the tables' folder."""
     import datasets
-    from datasets.packaged_modules.cache.cache import Cache
 
     for path in sorted(Path(datasets.config.HF_DATASETS_CACHE).glob(f"*/*/*/{commit}/{MARK_NAME}")):
-        mark, folder = _read_mark(path), path.parent
-        if mark.get("repo") != repo or config not in mark["configs"]:
+        mark = _read_mark(path)
+        if mark.get("repo") == repo:
+            yield mark, path.parent
+
+def _marked_split(repo: str, config: str | None, split: str, commit: str) -> Any:
+    """A split from marked tables; None where there are none."""
+    from datasets.packaged_modules.cache.cache import Cache
+
+    for mark, folder in _marked(repo, commit):
+        if config not in mark["configs"]:
             continue
         if mark["tables"] and all((folder / name).is_file() and (folder / name).stat().st_size == size for name, (size, _) in mark["tables"].items()):
             *_, name, version, _ = folder.parts
@@ -283,15 +290,12 @@ def verify_cached(
     source: Source,
 ) -> list[str]:  # names of files that were removed
     """Compare everything that the cache holds of a source, at the commit that is read, with its hashes; what differs is removed and will be fetched again."""
-    import datasets
-
     commit = asked_commit(source)
     removed = remove_damaged("dataset", source.repo, commit)
-    for path in sorted(Path(datasets.config.HF_DATASETS_CACHE).glob(f"*/*/*/{commit}/{MARK_NAME}")):
-        mark = _read_mark(path)
-        if mark.get("repo") == source.repo and (removed or _tables(path.parent) != mark["tables"]):
+    for mark, folder in _marked(source.repo, commit):
+        if removed or _tables(folder) != mark["tables"]:
             removed += sorted(mark["tables"])
-            shutil.rmtree(path.parent, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     return removed
 
 # %% ../nbs/02a_sources.ipynb #4f3b97cd

@@ -51,5 +51,8 @@ def test_other_seeds_are_other_runs(capsys):
     assert {cell.seed for cell in (*again.cells, *again.probes)} == {7, 8} and {stage.seed for run in again.plan() for stage in run.stages} == {7, 8}
     assert not {run.digest for run in again.plan()} & {run.digest for run in study.plan()}
     assert {run.digest for run in with_seeds(study, (0, 1, 2)).plan()} == {run.digest for run in study.plan()}
+    small = STUDIES["stilts"].build("small")  # its seeds have one pretraining in common
+    assert {run.digest for run in with_seeds(small, (0, 1, 2)).plan()} == {run.digest for run in small.plan()}
+    assert {run.digest for run in with_seeds(small, (7,)).plan()} & {run.digest for run in small.plan()} == {small.plan()[0].digest}
     for wrong, said in (("1,x", "takes whole numbers"), ("1,1", "different whole numbers")):
         assert main(["plan", "diversity", "--seeds", wrong]) == 1 and said in capsys.readouterr().err

@@ -384,20 +384,20 @@ def intermediate_cells(
         cells.extend(Cell(arm=arm, target=target, seed=seed, run=run) for target in together)
     return tuple(cells)
 
-# %% ../nbs/09_studies.ipynb #4eb66b34
+# %% ../nbs/09_studies.ipynb #e7d87e9a
 def with_seeds(
     study: Study,
     seeds: Sequence[int],  # in place of the declared ones
 ) -> Study:
-    """The same study with other seeds: other digests, other paths.
+    """The same study with other seeds: other digests, other paths. A stage that all seeds of the study have in common, such as the only pretraining, stays what it is.
 
     Raises: XtransferError for no seed, a negative one, or one that is named twice.
     """
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise XtransferError(f"seeds are different whole numbers from 0; they are given as {', '.join(map(str, seeds)) or 'none'}.")
-    first = min(cell.seed for cell in study.declared)
+    first, common = min(cell.seed for cell in study.declared), {stage for cell in study.declared for stage in cell.run.stages if stage.seed != cell.seed}
     def drawn(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-        return tuple(replace(cell, seed=seed, run=replace(cell.run, stages=tuple(replace(stage, seed=seed) for stage in cell.run.stages))) for cell in cells if cell.seed == first for seed in seeds)
+        return tuple(replace(cell, seed=seed, run=replace(cell.run, stages=tuple(stage if stage in common else replace(stage, seed=seed) for stage in cell.run.stages))) for cell in cells if cell.seed == first for seed in seeds)
     return replace(study, cells=drawn(study.declared), probes=drawn(study.probes), inapplicable=())
 
 # %% ../nbs/09_studies.ipynb #8b4bc350

@@ -103,10 +103,10 @@ class Command:
                 found.setdefault(part, []).append(pid)
         return found
 
-    def kill(self, parts):
-        """Kill the processes with some parts; returns how many there were."""
+    def kill(self, parts, choose=list):
+        """Kill the processes with some parts, or those of them that are chosen; returns how many there were."""
         found = self.members()
-        pids = [pid for part in parts for pid in found.get(part, [])]
+        pids = choose([pid for part in parts for pid in found.get(part, [])])
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)

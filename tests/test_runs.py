@@ -1,6 +1,7 @@
 """Runs through the real papermill engine: complete records, equal after kill -9, Ctrl-C and company on the same folder."""
 
 import json
+import multiprocessing.popen_forkserver
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from conftest import TOYS, command, finished, hashes, xtransfer
+from xtransfer.core import XtransferError
 from xtransfer.metrics import METRICS
 from xtransfer.records import NOTEBOOK_NAME, RECORD_NAME, load_records, read_record
 from xtransfer.runs import execute, remaining, run_study
@@ -192,3 +194,21 @@ print(execute(run, {str(tmp_path / "records")!r}, declarations=[{str(TOYS)!r}]).
 """)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200, env=os.environ | {"TMPDIR": str(long)})
     assert done.returncode == 0 and done.stdout.split() == ["starting", "complete"], done.stdout + done.stderr
+
+
+def test_a_fork_server_that_dies_while_a_kernel_starts_is_a_lost_kernel(tmp_path, toys, monkeypatch):
+    """As after kill -9 between its request and its answer; the same command finds a new one."""
+    answers = iter([EOFError("unexpected EOF"), ConnectionResetError(104, "reset")])
+    real = multiprocessing.popen_forkserver.forkserver.read_signed
+
+    def read_signed(handle):
+        if (error := next(answers, None)) is not None:
+            raise error
+        return real(handle)
+
+    monkeypatch.setattr(multiprocessing.popen_forkserver.forkserver, "read_signed", read_signed)
+    run = STUDIES["toys"].build("smoke").plan()[0]
+    for _ in range(2):
+        with pytest.raises(XtransferError, match="lost its kernel .the process that starts kernels was killed.; it goes on"):
+            execute(run, tmp_path, declarations=[str(TOYS)])
+    assert execute(run, tmp_path, declarations=[str(TOYS)]).status == "complete"

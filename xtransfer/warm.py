@@ -58,7 +58,7 @@ def _become_kernel(connection_file: str, folder: str, environment: Mapping[str, 
     app.initialize(["-f", connection_file, "--HistoryManager.enabled=False"])  # a data base that all kernels would share, for nobody
     app.start()
 
-# %% ../nbs/20_warm.ipynb #6750d02f
+# %% ../nbs/20_warm.ipynb #010a85a0
 class _ForkedProcess:
     """A process of the fork server with the part of `Popen`'s interface that the provisioner uses."""
 
@@ -119,7 +119,10 @@ class WarmProvisioner(LocalProvisioner):
     """Starts kernels as forks of a warm process."""
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
-        """Fork a kernel; `cmd`, the command of a cold one, only says where the connection file is."""
+        """Fork a kernel; `cmd`, the command of a cold one, only says where the connection file is.
+
+        Raises: RuntimeError when the fork server dies meanwhile; the next kernel gets a new one.
+        """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOAD))
         connection_file = cmd[cmd.index("-f") + 1]
@@ -128,7 +131,10 @@ class WarmProvisioner(LocalProvisioner):
             forkserver.ensure_running()
             server = getattr(forkserver._forkserver, "_forkserver_pid", None)
             process = context.Process(target=_become_kernel, args=(connection_file, kwargs.get("cwd") or os.getcwd(), dict(kwargs.get("env") or os.environ), server), daemon=True)
-            process.start()
+            try:
+                process.start()
+            except (EOFError, ConnectionError) as error:
+                raise RuntimeError("the process that starts kernels was killed") from error
         self.process = _ForkedProcess(process)
         self.pid, self.pgid = self.process.pid, None
         _running.add(self.process)

@@ -10,6 +10,7 @@ The command can be interrupted and given again; it goes on after the last distur
 import argparse
 import json
 import random
+import re
 import shutil
 import sys
 import time
@@ -151,10 +152,19 @@ def report(known, arguments):
                 kind = cell(line)[:300]
                 said.setdefault(kill["way"], {}).setdefault("".join("#" if c.isdigit() else c for c in kind), kind)
     lines += ["What was said after them, one of each kind:", ""] + [f"- {way}: {line}" for way, kinds in said.items() for line in list(kinds.values())[:4]] + [""]
+    sentences = {}  # a sentence without its paths -> its first form
+    def numbers(text):
+        """Which sentences were said, by number."""
+        kinds = [re.sub(r"\S*/\S+|\d+", "#", part) for part in text.split(" / ") if part]
+        for kind, part in zip(kinds, [part for part in text.split(" / ") if part]):
+            sentences.setdefault(kind, cell(part))
+        return ", ".join(str(list(sentences).index(kind) + 1) for kind in dict.fromkeys(kinds)) or "-"
+
     for title, chosen in (("Kills between two file operations", [n for n in known["trials"] if n.startswith("point")]), ("Targeted faults", [n for n in known["trials"] if not n.startswith("point")])):
         if chosen:
-            lines += [f"## {title}", "", "| | what was done | what was said | how it ended |", "|---|---|---|---|"]
-            lines += [f"| {name} | {cell(t['done'])} | {cell(t['said']) or '-'} | {cell(t['end'])} |" for name, t in ((n, known["trials"][n]) for n in chosen)] + [""]
+            lines += [f"## {title}", "", "| | what was done | said | how it ended |", "|---|---|---|---|"]
+            lines += [f"| {name} | {cell(t['done'])} | {numbers(t['said'])} | {cell(t['end'])} |" for name, t in ((n, known["trials"][n]) for n in chosen)] + [""]
+    lines += ["## What was said in these trials", "", "Each sentence as it was first said; where it names runs, files or numbers, it named others later.", ""] * bool(sentences) + [f"{number}. {sentence}" for number, sentence in enumerate(sentences.values(), 1)] + [""]
     return "\n".join(lines)
 
 

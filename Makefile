@@ -25,7 +25,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
-mini: setup ## run the replication study on two CPU cores (under 20 minutes) and write its report below runs/
+mini: setup ## run the replication study on two CPU cores (about 25 minutes) and write its report below runs/
 	@$(BIN)/xtransfer run stilts --profile mini --outputs $(OUTPUTS)
 
 smoke: setup ## run its smallest form (under 90 seconds)

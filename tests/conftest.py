@@ -24,6 +24,16 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def own_settings():
+    """The package's variables are after a test what they were before, whoever has set them: the test or the package."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("XTRANSFER_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("XTRANSFER_") and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def given_machine():
     """Plans take a given machine for this one, so that no test waits until its speed is measured."""

@@ -173,8 +173,7 @@ def test_the_temporary_folder_goes_with_the_rerun(tmp_path):
 def test_data_beside_the_records_are_found(tmp_path, monkeypatch):
     home = tmp_path / "outputs" / "backbone" / "run"
     home.mkdir(parents=True), (tmp_path / "data").mkdir()
-    monkeypatch.setenv("XTRANSFER_DATA", "")  # so that what is found is forgotten after the test
-    monkeypatch.delenv("XTRANSFER_DATA")
+    monkeypatch.delenv("XTRANSFER_DATA", raising=False)
     monkeypatch.chdir(home)
     use_data_beside_records(Path("."))
     assert os.environ["XTRANSFER_DATA"] == str(tmp_path / "data")

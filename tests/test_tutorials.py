@@ -36,8 +36,7 @@ def test_a_tutorial_runs_offline_and_leaves_nothing(path, tmp_path_factory, monk
     for name, value in {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "tmp").mkdir(), (tmp_path / "here").mkdir()
-    for name in ("JUPYTER_DEFAULT_PROVISIONER_NAME", "XTRANSFER_DATA"):  # a reader's kernel is an ordinary one with data of its own, whatever this process has used before
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("JUPYTER_DEFAULT_PROVISIONER_NAME", raising=False)  # a reader's kernel is an ordinary one, whatever this process has used before
     done = subprocess.run([sys.executable, "-c", EXECUTE, str(path), str(tmp_path / "here"), str(tmp_path / "executed.ipynb")], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     notebook = nbformat.read(tmp_path / "executed.ipynb", 4)

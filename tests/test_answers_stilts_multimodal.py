@@ -9,7 +9,7 @@ from test_answers_backbones import check
 
 import xtransfer.catalogue  # noqa: F401
 from xtransfer.analysis import t_interval
-from xtransfer.evidence import make_evidence
+from xtransfer.evidence import Evidence, make_evidence
 from xtransfer.family_answer import compare, family_gains
 from xtransfer.findings import find
 from xtransfer.languages import LANGUAGES
@@ -155,3 +155,17 @@ def test_multimodal_on_real_languages_and_with_holes(monkeypatch):
     assert check(answer_multimodal(TOWERS, find(TOWERS, half), half, NOWHERE)).sentence
     parents = full[~full["arm"].str.startswith("world-clip")]
     assert answer_multimodal(TOWERS, find(TOWERS, parents), parents, NOWHERE).sentence.startswith("No answer yet")
+
+
+def test_a_choice_where_targets_have_few_of_many_languages():
+    """Forty languages of which one target has two: samples without either say nothing about it, and the interval rests on the others."""
+    study = part(STUDIES["stilts"].build("mini"), ("none", "nli", "qa"), ("world_xnli", "world_panx"))
+    random = np.random.default_rng(0)
+    gains = np.stack([np.zeros((2, 3, 40)), 2 + random.normal(size=(2, 3, 40)), random.normal(size=(2, 3, 40))])
+    gains[:, 1, :, 2:] = np.nan
+    dev = np.array([[90.0, 90.0], [95.0, 95.0], [90.0, 90.0]])[..., None] + np.zeros(3)
+    e = Evidence(study=study, arms=("none", "nli", "qa"), kinds=("baseline", "single", "single"), targets=("world_xnli", "world_panx"), seeds=(0, 1, 2), gains=gains, dev=dev)
+    rows = best_arms(e).set_index("target")
+    assert rows.loc["world_panx", "arm"] == rows.loc["world_panx", "oracle_arm"] == "nli"
+    assert rows.loc["world_panx", "gain"] == pytest.approx(np.nanmean(gains[1, 1])) and rows.loc["average", "gain"] == pytest.approx((np.nanmean(gains[1, 0]) + np.nanmean(gains[1, 1])) / 2)
+    assert (rows["low"] < rows["gain"]).all() and (rows["gain"] < rows["high"]).all() and rows.loc["average", "low"] > 0

@@ -164,7 +164,7 @@ def weighted(
     there = ~np.isnan(np.concatenate(matrices)).all(axis=0)
     return estimate([m[:, there] for m in matrices], seed=derive_seed("bootstrap", 0, "+".join(arms), e.arms[0], targets[0] if len(targets) == 1 else "average"))
 
-# %% ../nbs/13c_evidence.ipynb #14f64d5c
+# %% ../nbs/13c_evidence.ipynb #99ced281
 Choice = Callable[[np.ndarray, np.ndarray], np.ndarray]  # mean gains and development scores, both (arms, targets) -> weights (arms, targets)
 RESAMPLES = 1000
 
@@ -185,6 +185,9 @@ def chosen(
     random = np.random.default_rng(derive_seed("claims", *e.arms))
     by_seed, by_language = (np.vstack([np.ones(size), random.multinomial(size, np.full(size, 1 / size), RESAMPLES)]) for size in (seeds, languages))  # first everything once
     gains, dev = _means(e.gains, by_seed, by_language), _means(e.dev[..., None], by_seed, np.ones((RESAMPLES + 1, 1)))
+    there = np.isfinite(gains)
+    complete = (there == there[0]).all(axis=(1, 2))  # a sample may lack every language of a target that has few of them, and then says nothing about it
+    gains, dev = gains[complete], dev[complete]
     weights = [choose(*sample) for sample in zip(gains, dev)]
     found = weighted(e, weights[0])
     low, high = np.percentile([np.nansum(w * sample) for w, sample in zip(weights[1:], gains[1:])], [2.5, 97.5])

@@ -23,7 +23,7 @@ from .records import Record, load_records, study_records
 from .studies import Study
 from .tasks import PRETRAINING_FORMATS, TASKS, UNTRAINED_FORMATS
 
-# %% ../nbs/13c_evidence.ipynb #77f26d10
+# %% ../nbs/13c_evidence.ipynb #f58b98ce
 ROLES: Mapping[str, tuple[str, tuple[str, ...]]] = {  # part -> its name, and the tasks that play it; which version of SQuAD is meant the reports do not say
     "squad": ("SQuAD", ("squad1", "squad2", "world_squad2")), "mnli": ("MNLI", ("mnli", "world_mnli")), "hellaswag": ("HellaSwag", ("hellaswag", "world_csqa")),
     "xnli": ("XNLI", ("xnli", "world_xnli")), "tydiqa": ("TyDiQA", ("tydiqa", "world_xquad"))}
@@ -32,6 +32,10 @@ ArmKind = Literal["baseline", "single", "multi", "mlm", "translated", "control"]
 def _is_translated(task: str) -> bool:
     """Whether a task's training data were translated by a machine."""
     return re.search(r"@mt\b|[@_]translated\b", task) is not None
+
+def _without_configuration(task: str) -> str:
+    """A task's name without the modifier that chooses among a data set's configurations, which changes nothing about the task."""
+    return re.sub(r"@config\b[^@]*", "", task)
 
 def arm_kind(
     tasks: Sequence[str],  # what the arm trains on, of `arm_tasks`
@@ -43,7 +47,7 @@ def arm_kind(
     if any(_is_translated(task) for task in tasks):
         return "translated"
     labelled = [task for task in tasks if TASKS[task].format not in PRETRAINING_FORMATS]
-    if any("@" in task or TASKS[task].train_languages != ("en",) for task in labelled):
+    if any("@" in _without_configuration(task) or TASKS[task].train_languages != ("en",) for task in labelled):
         return "control"
     return "mlm" if len(labelled) < len(tasks) else "single" if len(tasks) == 1 else "multi"
 

@@ -31,8 +31,7 @@ def printed(notebook):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
-def test_a_tutorial_runs_offline_and_leaves_nothing(path, tmp_path_factory, monkeypatch):
-    tmp_path = tmp_path_factory.mktemp("t")  # a short name: the fork server's socket lies in the folder for temporary files, and the path of a socket has 107 characters
+def test_a_tutorial_runs_offline_and_leaves_nothing(path, tmp_path, monkeypatch):
     for name, value in {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "tmp").mkdir(), (tmp_path / "here").mkdir()

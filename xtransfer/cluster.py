@@ -7,7 +7,7 @@ __all__ = ['SLACK', 'UNMEASURED', 'SPARE', 'MEMORY', 'PROGRAMS', 'CUDA', 'WEIGHT
            'JOBS_NAME', 'BUSY_WAIT', 'JOB_COLUMNS', 'written_run', 'read_run', 'Job', 'main_memory', 'grouped',
            'make_jobs', 'write_plan', 'own_gpus', 'reports', 'refused', 'run_job', 'main', 'job_table']
 
-# %% ../nbs/21a_cluster.ipynb #1b9a5d58
+# %% ../nbs/21a_cluster.ipynb #46ed2d71
 import datetime
 import math
 import os
@@ -31,10 +31,10 @@ from .core import XtransferError, digest, end_with_parent, nearest, plain, read_
 from .cost import PROGRAM, TOKEN, Estimate, memory_of
 from .runs import Busy, Work, execute, gpu_count
 from .sources import DATA_VARIABLE, data_folder
-from .studies import Mixing, Recipe, Run, Stage, load_declarations
+from .studies import Run, load_declarations, read_stage
 from .workload import Workload, with_sizes
 
-# %% ../nbs/21a_cluster.ipynb #67f86f3c
+# %% ../nbs/21a_cluster.ipynb #b7bbc705
 def written_run(run: Run) -> dict[str, Any]:
     """A run as plain values."""
     return plain(run) | {"digest": run.digest}
@@ -46,10 +46,7 @@ def read_run(
 
     Raises: XtransferError when what is declared here makes another run of it.
     """
-    def tuples(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: tuple(v) if isinstance(v, list) else v for name, v in part.items()}
-    stages = tuple(Stage(**tuples(stage) | {"recipe": Recipe(**tuples(stage["recipe"])), "mixing": Mixing(**stage["mixing"])}) for stage in value["stages"])
-    run = Run(backbone=value["backbone"], stages=stages)
+    run = Run(backbone=value["backbone"], stages=tuple(map(read_stage, value["stages"])))
     if run.digest != value["digest"]:
         raise XtransferError(f"the plan means run {value['digest']}, but what is declared here makes it {run.id}; use the same version of the package, the same --declare files and the same data everywhere.")
     return run

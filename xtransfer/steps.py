@@ -7,14 +7,14 @@ __all__ = ['RESULTS_NAME', 'TRAINING_NAME', 'PLAN_NAME', 'stage_of', 'deciding_t
            'scored_languages', 'score', 'measure', 'picture', 'loss_figure', 'language_figure', 'similarity_figure',
            'peak_memory', 'close']
 
-# %% ../nbs/19_steps.ipynb #b70a9055
+# %% ../nbs/19_steps.ipynb #0e3fa0f4
 import io
 import resource
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +50,19 @@ from .rerun import comparison, rerun_beside, use_data_beside_records
 from .seals import seal
 from .sources import resolved_revision
 from .store import COUNTED, encode_examples, stored_examples
-from .studies import Mixing, Recipe, Stage, load_declarations
+from .studies import Recipe, Stage, load_declarations, read_stage
 from .tasks import PRETRAINING_FORMATS, TASKS, UNTRAINED_FORMATS, Examples, Task
 from .text import mix_languages
 from .training import Fitted, Sampler
 from .vectors import taken
 
-# %% ../nbs/19_steps.ipynb #19a8783a
+# %% ../nbs/19_steps.ipynb #1b5499f2
 RESULTS_NAME, TRAINING_NAME, PLAN_NAME = "results.json", "training", "plan.json"
 
 def stage_of(parameters: Mapping[str, Any]) -> Stage:
     """The stage that a template's parameters describe."""
-    recipe = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters["recipe"].items()}
-    return Stage(train=tuple(parameters["train"]), score=tuple(parameters["score"]), recipe=Recipe(**recipe), mixing=Mixing(**parameters["mixing"]), seed=parameters["seed"],
-                 score_splits=tuple(parameters["score_splits"]), languages=tuple(parameters["languages"]), train_limit=parameters["train_limit"] or None, score_limit=parameters["score_limit"] or None,
-                 measure=tuple(parameters.get("measure", ())))
+    values = {f.name: parameters[f.name] for f in fields(Stage) if f.name in parameters}
+    return read_stage(values | {limit: parameters[limit] or None for limit in ("train_limit", "score_limit")})
 
 def deciding_tasks(stage: Stage) -> tuple[str, ...]:
     """The trained tasks whose English development scores select the weights: those that a scored task reads; () leaves it to all that are supervised."""

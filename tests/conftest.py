@@ -40,10 +40,11 @@ def given_machine():
     from xtransfer.core import digest, write_json
     from xtransfer.cost import MACHINES_NAME, machine_key
     from xtransfer.runs import gpu_count, threads_of_run, worker_count
+    from xtransfer.seals import with_checksum
 
     numbers = {"update_seconds": 1e-3, "layer_seconds": 1e-3, "weights_per_second": 1e9, "rates": {"float32": [[64, 1e10], [1024, 4e10]]}, "token_seconds": 1e-6, "python_seconds": 1.5e-3, "disk_bandwidth": 1e9}
     key = machine_key(threads_of_run(worker_count()), worker_count(), gpu_count())
-    write_json(Path(CACHE.name) / MACHINES_NAME, {digest(key): {"key": key, "machine": numbers}})
+    write_json(Path(CACHE.name) / MACHINES_NAME, with_checksum({digest(key): {"key": key, "machine": numbers}}))
     return numbers
 
 

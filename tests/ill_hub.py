@@ -95,6 +95,16 @@ def changed_json(change):
     return lambda answer: replace(answer, body=json.dumps(change(json.loads(answer.body))).encode()) if answer.status == 200 else answer
 
 
+def truncated(share):
+    """Only a share of the content, with a length that agrees: as from a server in between that gave up."""
+    return lambda answer: replace(answer, body=answer.body[:int(share * len(answer.body))], headers={k: v for k, v in answer.headers.items() if k != "Content-Length"})
+
+
+def missing_of(commit):
+    """A file that is not there, with the commit of which it is not there."""
+    return lambda answer: Answer(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no such file", "X-Repo-Commit": commit})
+
+
 def other_headers(**headers):
     return lambda answer: replace(answer, headers={k: v for k, v in (answer.headers | {name.replace("_", "-"): value for name, value in headers.items()}).items() if v is not None})
 

@@ -192,11 +192,11 @@ def test_example_of_the_readme_is_accepted(tmp_path):
 def test_data_set_of_the_readme_is_read(tmp_path):
     (example,) = re.findall(r"<!-- example: news.py -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (tmp_path / "news.py").write_text(example)
-    folder = tmp_path / "data" / "me" / "news" / "sw"
-    folder.mkdir(parents=True)
-    for split, rows in {"train": 4, "validation": 2, "test": 2}.items():
-        (folder / f"{split}.csv").write_text("headline,body,category\n" + "Habari,\"Maandishi, ya leo\",sports\n" * rows)
-    shown = run(sys.executable, "-c", "import sys; from xtransfer.cli import main; sys.exit(main())", "show", "news_sw", "sw", "--declare", str(tmp_path / "news.py"), "--data", str(tmp_path / "data"), cwd=ROOT)
+    for table, rows in {"en/train": 4, "en/validation": 2, "en/test": 2, "sw/test": 2}.items():
+        path = tmp_path / "data" / "me" / "news" / f"{table}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("headline,body,category\n" + "Habari,\"Maandishi, ya leo\",sports\n" * rows)
+    shown = run(sys.executable, "-c", "import sys; from xtransfer.cli import main; sys.exit(main())", "show", "news", "sw", "--declare", str(tmp_path / "news.py"), "--data", str(tmp_path / "data"), cwd=ROOT)
     assert "2 rows of 200 published (local copy of me/news)" in shown and "Maandishi, ya leo" in shown
 
 

@@ -1,6 +1,10 @@
 """Attention over a flat row: kernels are used when they do what the groups do, and only then; the record says which way it went."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,3 +223,27 @@ def test_one_process_trains_without_accelerate():
                "import torch\nfrom xtransfer.ranks import meet\nfrom xtransfer.training import fit\nassert meet().count == 1 and fit\nprint('trained')")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "trained\n", done.stderr[-2000:]
+
+
+SHAPES_THAT_PASS = """
+import torch
+import xtransfer.attention
+def update(rows):
+    torch.nn.functional.gelu(torch.ones(rows, 1024, requires_grad=True)).sum().backward()
+def memory():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+update(400)
+before = memory()
+for rows in range(300, 400):
+    update(rows)
+print(memory() - before)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available() or not Path("/proc/self/status").exists(), reason="torch was built without oneDNN, or the system does not tell a process's memory")
+def test_a_shape_that_passed_leaves_no_memory_behind():
+    def growth(**own):
+        given = {name: value for name, value in os.environ.items() if name != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+        return int(subprocess.run([sys.executable, "-c", SHAPES_THAT_PASS], env={**given, **own}, capture_output=True, text=True, check=True).stdout)
+
+    assert growth() < growth(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024") / 3  # the user's own value stands

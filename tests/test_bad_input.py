@@ -103,7 +103,7 @@ def test_an_unknown_language_is_named_with_the_nearest(toys):
         LANGUAGES["xx"]
 
 
-@pytest.mark.parametrize("damage, expected", (("{", "damaged"), ("[]", "schema"), ('{"schema_version": 0}', "schema 0"), ('{"schema_version": 1}', "damaged")))
+@pytest.mark.parametrize("damage, expected", (("{", "damaged"), ("[]", "schema"), ('{"schema_version": 0}', "schema 0"), ('{"schema_version": 1}', "damaged"), ("[" * 100_000, "nested more than 100 levels"), ("[" * 500 + "]" * 500, "nested"), ("9" * 5000, "digits")), ids=lambda value: value[:20])
 @pytest.mark.parametrize("what", ("run", "report", "plan"))
 def test_a_record_that_is_damaged_or_older(what, damage, expected, toy_outputs, tmp_path, capsys, toys):
     copy = tmp_path / "copy"

@@ -1,6 +1,7 @@
 """The short form of the chaos tool (`python tests/chaos/run.py`): other kills at every run of the tests, some targeted faults, and what each repair is for."""
 
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).with_name("chaos")))
 import faults
 from conftest import CACHE, TOYS, xtransfer
 from drive import Starter, differences, leftovers
-from xtransfer.core import XtransferError, read_json
-from xtransfer.publishing import replaced_by, work_folder
-from xtransfer.records import check_records, damage, read_record, run_folder
+from xtransfer.core import XtransferError, read_json, write_json
+from xtransfer.publishing import is_publishable, replaced_by, work_folder
+from xtransfer.records import check_checkpoint, check_records, damage, load_records, read_record, run_folder
 from xtransfer.runs import execute, run_study
-from xtransfer.seals import is_whole
+from xtransfer.seals import is_whole, unsealed
 from xtransfer.studies import STUDIES
 
 CHOSEN = ("killed: in the middle of the tensors of a state", "killed: in the middle of the checkpoint", "killed: between the two renames", "killed: in the middle of an entry of the store", "full disk: the predictions", "damage: unpublished record cut short",
@@ -104,6 +105,93 @@ def test_a_damaged_checkpoint_is_not_started_from(study):
         execute(child, outputs, declarations=[str(TOYS)])
 
 
+def swapped(one, other):
+    """Give two folders each other's name."""
+    one.rename(one.with_name("between"))
+    other.rename(one)
+    one.with_name("between").rename(other)
+
+
+def test_records_of_each_other_s_runs_are_said(study):
+    plan, outputs = study
+    one, other = [run for run in plan.plan() if run.template == "target"][:2]
+    swapped(run_folder(outputs, one), run_folder(outputs, other))
+    for look in (check_records, load_records, lambda *_: execute(one, outputs, keep_checkpoint=False, declarations=[str(TOYS)])):
+        with pytest.raises(XtransferError, match=f"holds the record of run {other.id}, not that of {one.id}; put it back to its place, or delete the folder and run it again.$"):
+            look(plan, outputs)
+    swapped(run_folder(outputs, one), run_folder(outputs, other))
+    check_records(plan, outputs)
+
+
+def test_what_was_finished_for_another_run_is_not_published(study):
+    plan, outputs = study
+    one, other = [run for run in plan.plan() if run.template == "target"][:2]
+    child = next(run for run in plan.plan() if run.parent and run.parent.parent)
+    said, work = [], work_folder(outputs, one)
+    shutil.copytree(run_folder(outputs, other), work)
+    assert not is_publishable(one, work, said.append) and f"holds the record of run {other.id}" in said[-1] and not (work / "record.json").exists()
+    work = work_folder(outputs, child.parent)
+    shutil.copytree(run_folder(outputs, child.parent), work)
+    assert is_publishable(child.parent, work, said.append) and len(said) == 1
+    shutil.rmtree(work / "checkpoint")
+    shutil.copytree(run_folder(outputs, child.parent.parent) / "checkpoint", work / "checkpoint")
+    assert not is_publishable(child.parent, work, said.append) and "checksums.json is that of" in said[-1]
+
+
+def test_weights_of_each_other_s_runs_are_not_started_from(study, tmp_path):
+    plan, outputs = study
+    child = next(run for run in plan.plan() if run.parent and run.parent.parent)
+    one, other = (run_folder(outputs, run) / "checkpoint" for run in (child.parent, child.parent.parent))
+    shutil.copytree(one, tmp_path / "mine")
+    assert unsealed(tmp_path / "mine") is unsealed(one) is None, "a copy anywhere is as good as the original"
+    swapped(one, other)
+    with pytest.raises(XtransferError, match=f"checksums.json is that of {other.parent.name}/checkpoint, not of {one.parent.name}/checkpoint"):
+        check_checkpoint(one, child.parent.id)
+    with pytest.raises(XtransferError, match="damaged: checkpoint/checksums.json is that of"):
+        check_records(plan, outputs)
+    final = run_folder(outputs, child)
+    final.rename(final.with_name("gone"))
+    with pytest.raises(XtransferError, match="is that of .*; delete that folder and give the same command again, which makes the weights anew"):
+        execute(child, outputs, declarations=[str(TOYS)])
+    for folder in (one, other):  # as earlier versions have sealed them
+        write_json(folder / "checksums.json", {name: known for name, known in read_json(folder / "checksums.json").items() if name})
+    check_checkpoint(one, child.parent.id)
+
+
+def test_a_seal_of_nothing_is_damaged(study):
+    plan, outputs = study
+    folder = next(run_folder(outputs, run.parent) / "checkpoint" for run in plan.plan() if run.parent)
+    whole = read_json(folder / "checksums.json")
+    faults.flip(folder / "model.safetensors")
+    for noted in ({}, {"": whole[""]}, [], None, 3):
+        write_json(folder / "checksums.json", noted)
+        with pytest.raises(XtransferError, match="checksums.json is damaged; delete that folder"):
+            check_checkpoint(folder)
+
+
+@pytest.mark.parametrize("cells", (3, None, "text", [1], [{}], {"a": 1}))
+def test_a_notebook_that_is_none_is_said(cells, study):
+    plan, outputs = study
+    target = run_folder(outputs, plan.plan()[-1])
+    write_json(target / "notebook.ipynb", read_json(target / "notebook.ipynb") | {"cells": cells})
+    with pytest.raises(XtransferError, match="is damaged: notebook.ipynb cannot be read; restore"):
+        check_records(plan, outputs)
+
+
+@pytest.mark.parametrize("field, value", [("files", None), ("files", []), ("files", 3), ("data", None), ("data", [3]), ("scores", {"a": 1}), ("scores", [{"value": "text"}]), ("seconds", {"total": None}), ("environment", []), ("parameters", None), ("digest", 3), ("files", {"log.jsonl": 3})], ids=str)
+def test_a_field_of_another_kind_is_said_without_a_checksum_too(field, value, study):
+    """Records of before version 0.6 have no checksum."""
+    plan, outputs = study
+    path = run_folder(outputs, plan.plan()[-1]) / "record.json"
+    record = read_json(path)
+    if value == [{"value": "text"}]:
+        value = [record["scores"][0] | value[0]]
+    write_json(path, {name: part for name, part in record.items() if name != "checksum"} | {field: value})
+    with pytest.raises(XtransferError, match="record.json is damaged: .*; delete its folder and run it again.$") as error:
+        check_records(plan, outputs)
+    assert "\n" not in str(error.value)
+
+
 def test_a_record_that_was_being_replaced_is_cleared(study):
     plan, outputs = study
     old = replaced_by(run_folder(outputs, plan.plan()[0]))
@@ -172,7 +260,7 @@ def test_the_first_of_two_processes_does_not_live_without_its_notebook():
     assert done.returncode == 1 and not done.stdout
 
 
-@pytest.mark.parametrize("damage", ("[]", "{", '{"DIGEST": 3}', "\x00"))
+@pytest.mark.parametrize("damage", ("[]", "{", '{"DIGEST": 3}', "\x00", "[" * 100_000, "9" * 5000), ids=lambda damage: ascii(damage)[:20])
 def test_a_damaged_measurement_of_this_machine_is_made_again(damage, tmp_path, monkeypatch, given_machine):
     import xtransfer.cost
     from xtransfer.core import digest

@@ -13,13 +13,14 @@ import pytest
 
 import cluster_proof
 import slurm
+import xtransfer.cluster as cluster
 from conftest import TOYS, command, finished, xtransfer
 from xtransfer.cluster import PLAN_NAME, grouped, job_table, make_jobs, own_gpus, read_run, refused, reports, run_job, write_plan, written_run
-from xtransfer.core import XtransferError, write_json
+from xtransfer.core import Interrupted, XtransferError, write_json
 from xtransfer.cost import H100, estimate
-from xtransfer.driver import Executor, Pass, executor_profile, is_executor_profile, workflow_folder
+from xtransfer.driver import Executor, Pass, check_places, executor_profile, is_executor_profile, workflow_folder
 from xtransfer.records import RECORD_NAME
-from xtransfer.runs import Work
+from xtransfer.runs import Busy, Work
 from xtransfer.studies import STUDIES, TEMPLATES, with_seeds
 
 SMOKE = ("run", "toys", "--profile", "smoke", "--declare", TOYS, "--threads", 1)
@@ -91,6 +92,8 @@ def test_jobs_ask_for_what_the_estimate_says(planned):
         assert one.memory > 1000 and one.minutes > 15 and (four.memory > one.memory)
     hours = replace(found, seconds=[3600.0] * len(work))
     assert all(job.minutes == 3 * 60 + 15 for job in make_jobs(work, hours, 1, 1))
+    for wrong in (float("nan"), float("inf"), -1.0, -float("inf"), 1e300):
+        assert all(15 <= job.minutes < 2**31 for job in make_jobs(work, replace(found, seconds=[wrong] * len(work)), 1, 1))
 
 
 def test_the_plan_is_complete_and_its_names_are_harmless(planned, tmp_path):
@@ -131,14 +134,27 @@ def test_gpus_are_those_of_the_scheduler_or_free_ones(monkeypatch, tmp_path):
 
 
 def test_a_failure_is_tried_again_unless_the_package_refused(tmp_path):
-    entry = {"final": False, "sentence": "s", "seconds": 1.0}
-    write_json(tmp_path / "jobs" / "a.json", {"node": "n1", "started": "1", "runs": [entry | {"run": "lost", "state": "running"}, entry | {"run": "wrong", "state": "failed", "final": True}]})
+    entry, job = {"started": "1", "ended": "", "final": False, "sentence": "s", "seconds": 1.0}, {"job": "0a", "kind": "target", "gpus": "", "scheduler": "", "process": 1}
+    write_json(tmp_path / "jobs" / "a.json", job | {"node": "n1", "started": "1", "runs": [entry | {"run": "lost", "state": "running"}, entry | {"run": "wrong", "state": "failed", "final": True}]})
     current = Pass(folder=tmp_path, work=(), seconds={})
     assert [run["run"] for run in current.ended()] == ["wrong"] and set(refused(tmp_path)) == {"wrong"}
-    write_json(tmp_path / "jobs" / "b.json", {"node": "n2", "started": "2", "runs": [entry | {"run": "lost", "state": "done"}]})
+    write_json(tmp_path / "jobs" / "b.json", job | {"node": "n2", "started": "2", "runs": [entry | {"run": "lost", "state": "done"}]})
     assert [(run["run"], run["node"]) for run in current.ended()] == [("lost", "n2")] and not current.ended({"wrong"})
     (tmp_path / "jobs" / "c.json").write_text("{")
     assert len(reports(tmp_path)) == 2, "what a shared file system just replaces is read later"
+
+
+def test_what_is_no_report_is_passed_over(tmp_path):
+    entry = {"run": "a/b", "state": "failed", "started": "1", "ended": "", "seconds": 1.0, "sentence": "s", "final": True}
+    whole = {"job": "0a", "kind": "target", "node": "n1", "gpus": "", "scheduler": "", "process": 1, "started": "1", "runs": [entry]}
+    jobs = tmp_path / ".cluster" / "plan" / "jobs"
+    wrong = ([], None, 3, "text", {}, {k: v for k, v in whole.items() if k != "runs"}, *(whole | other for other in ({"started": 3}, {"node": None}, {"runs": None}, {"runs": [3]}, {"runs": {"a": 1}}, {"runs": [entry, {}]}, {"runs": [entry | {"started": 3}]}, {"runs": [entry | {"seconds": "text"}]})))
+    for i, content in enumerate((*wrong, whole)):
+        write_json(jobs / f"{i}.json", content)
+    (jobs / "deep.json").write_text("[" * 100_000)
+    (jobs / "digits.json").write_text("9" * 5000)
+    assert reports(jobs.parent) == [whole] and set(refused(jobs.parent)) == {"a/b"} and list(job_table(tmp_path)["node"]) == ["n1"]
+    assert [run["run"] for run in Pass(folder=jobs.parent, work=(), seconds={}).ended()] == ["a/b"]
 
 
 @pytest.mark.parametrize("options, said", [
@@ -164,12 +180,39 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(options, said, tmp_path,
     assert said in err and err.strip().count("\n") == 0 and not list(tmp_path.glob("outputs/*")), err
 
 
+@pytest.mark.parametrize("error,state,final", [(XtransferError("the loss is not finite."), "failed", True), (Interrupted("rank 1 of 2 was killed (SIGKILL)."), "failed", False), (Busy("b."), "busy", None), (KeyError("x"), "failed", False)])
+def test_what_was_refused_is_final_and_what_was_stopped_is_not(planned, tmp_path, monkeypatch, error, state, final):
+    def refuse(*given):
+        raise error
+
+    monkeypatch.setattr(cluster, "execute", refuse)
+    became = cluster._go(written_run(planned[0][0].run) | {"id": "a run", "keep_checkpoint": True}, {"processes": 1, "sharding": "", "outputs": str(tmp_path), "threads": 1, "declarations": []}, {}, {"a run"})
+    assert (became["state"], became.get("final")) == (state, final)
+
+
+def test_a_parent_that_another_node_has_written_is_waited_for(planned, tmp_path, monkeypatch):
+    child, seen = next(item.run for item in planned[0] if item.run.parent), []
+    monkeypatch.setattr(cluster, "PARENT_WAIT", 5)
+    monkeypatch.setattr(cluster, "has_checkpoint", lambda run, outputs: bool(seen) or seen.append(run))  # from the second look on
+    monkeypatch.setattr(cluster, "execute", lambda *given: seen.append("executed"))
+    became = cluster._go(written_run(child) | {"keep_checkpoint": True}, {"processes": 1, "sharding": "", "outputs": str(tmp_path), "threads": 1, "declarations": []}, {}, {"a run"})
+    assert became == {"state": "done"} and seen == [child.parent, "executed"]
+
+
+@pytest.mark.parametrize("name", ["a$HOME", "it's", 'say "so"', "`date`", "back\\slash", "new\nline", "now!"])
+def test_a_scheduler_s_shell_never_sees_a_strange_path(name, tmp_path):
+    with pytest.raises(XtransferError, match="which the shell of a scheduler takes for its own"):
+        check_places(Executor(profile=executor_profile("slurm")), tmp_path / name)
+    check_places(Executor(), tmp_path / name)  # Snakemake itself quotes
+    check_places(Executor(profile=executor_profile("slurm")), tmp_path / "a plain {name}; & more")
+
+
 def test_without_snakemake_one_sentence_names_the_extra(tmp_path, capsys, monkeypatch):
     from xtransfer.cli import main
 
     monkeypatch.setattr("xtransfer.driver.importlib.util.find_spec", lambda name: None)
     assert main(["run", "stilts", "--profile", "smoke", "--executor", "snakemake", "--outputs", str(tmp_path)]) == 1
-    assert "pip install 'xtransfer[cluster]'" in capsys.readouterr().err
+    assert "folder of the repository with: .venv/bin/pip install -e '.[cluster]'" in capsys.readouterr().err
 
 
 def test_profiles_are_shipped_or_folders(tmp_path):

@@ -1,12 +1,13 @@
 """What a plan says that runs will take: work that grows as it should, divided by a machine that is given."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
 import xtransfer.catalogue  # noqa: F401  fills the registries
 from conftest import xtransfer as command_line
-from xtransfer.core import XtransferError
+from xtransfer.core import XtransferError, digest, read_json, write_json
 from xtransfer.cost import H100, MACHINES_NAME, Machine, _measured, corrections, cost_summary, cost_table, estimate, known_of, machine_key, memory_of, seconds_of, this_machine, wall_seconds
 from xtransfer.records import study_records
 from xtransfer.studies import STUDIES, Recipe, Run, Stage
@@ -152,6 +153,17 @@ def test_a_measurement_is_kept_for_this_machine_alone(tmp_path, monkeypatch):
     assert this_machine(2, 1) is None  # other threads, another measurement
     (tmp_path / MACHINES_NAME).write_text("{")
     assert this_machine(1, 2, measuring=lambda: asked.append(2)) == found and asked == [1, 2]
+
+
+@pytest.mark.parametrize("wrong", ({"update_seconds": "text"}, {"update_seconds": 0}, {"update_seconds": math.nan}, {"weights_per_second": math.inf}, {"layer_seconds": -1.0}, {"token_seconds": 1e300}, {"rates": {}}, {"rates": None}), ids=str)
+def test_numbers_that_nobody_has_measured_are_measured(wrong, tmp_path, monkeypatch):
+    monkeypatch.setenv("XTRANSFER_CACHE", str(tmp_path))
+    monkeypatch.setattr("xtransfer.cost._measured", lambda threads, workers: [NUMBERS])
+    found = this_machine(1, 1, measuring=lambda: None)
+    kept = read_json(tmp_path / MACHINES_NAME)
+    kept[digest(machine_key(1, 1))]["machine"] |= wrong
+    write_json(tmp_path / MACHINES_NAME, kept)
+    assert this_machine(1, 1) is None and this_machine(1, 1, measuring=lambda: None) == found == this_machine(1, 1)
 
 
 def test_the_plan_prints_the_estimate(tmp_path, given_machine):

@@ -126,6 +126,23 @@ def test_damaged_pins_and_a_hub_that_does_not_answer(data, monkeypatch):
     assert pin_sources([Source(repo="generated"), Source(repo="files/ccg")]) == {}
 
 
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_no_hub_serves_is_not_to_be_fetched_elsewhere(offline, data, monkeypatch):
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    import xtransfer.catalogue  # noqa: F401
+
+    kept = [source for task in TASKS.values() for source in task.sources if source.repo.startswith("local/")]
+    assert {source.repo for source in kept} >= {"local/bible-verses", "local/erg_supertagging", "local/paws-wiki-train-substitute"}
+    error = OfflineModeIsEnabled("offline") if offline else OSError("no route")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **k: (_ for _ in ()).throw(error))
+    for source in kept:
+        for ask in (lambda: pin_sources([source]), lambda: hub_rows(source, None, "train")):
+            with pytest.raises(XtransferError) as told:
+                ask()
+            assert f"{source.repo} is not in the data folder {data}" in str(told.value) and str(told.value).endswith(f"; {source.obtain}.") and "fetch it where" not in str(told.value)
+
+
 def test_what_cannot_be_had_does_not_stop_the_rest(data, monkeypatch):
     monkeypatch.setattr("xtransfer.fetch.fetch_backbone", lambda backbone: "nothing")
     monkeypatch.setattr("xtransfer.fetch.pin_sources", lambda sources: {})

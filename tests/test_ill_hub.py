@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 from conftest import finished
-from ill_hub import IllHub, changed_json, cut, hang, html, html_body, other_headers, redirected, refused, reset, status, too_short, trickle, wrong_bytes
+from ill_hub import IllHub, changed_json, cut, hang, html, html_body, missing_of, other_headers, redirected, refused, reset, status, too_short, trickle, truncated, wrong_bytes
 
 ROWS = "".join(json.dumps({"id": f"q{i}", "text": f"text {i}", "label": "yes" if i % 2 else "no"}) + "\n" for i in range(300))
 FILES = {"README.md": "---\nlicense: mit\n---\n", "train.jsonl": ROWS}
 TREE = {"path": "/tree/"}
 DATA = {"method": "GET", "path": "/train.jsonl"}
 SIDE = {"path": "/resolve/"}
+API = {"path": "/api/"}
+FILE = {"path": "/train.jsonl"}
 
 DRIVER = """
 import json, sys, time, traceback
@@ -87,14 +89,22 @@ def ill():
 def client(ill, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     client = Client(ill.environment(home) | {"XTRANSFER_DATA": str(home / "data")})
+    client.home = home
     yield client
     client.close()
+
+
+def outside(client):
+    """What a hub wrote where only its own names lead."""
+    return [*client.home.rglob("evil*"), *client.home.parent.glob("evil*"), *Path("/tmp").glob("evil-*")]
 
 
 HELPED = {  # what goes away -> faults
     "503, twice": [(status(503), 2, {})], "500 and 502": [(status(500), 1, {}), (status(502), 2, {})], "429": [(status(429), 3, {})], "429 that names a second": [(status(429, Retry_After=1), 2, {})],
     "reset": [(reset, 3, {})], "503 of a file": [(status(503), 2, {"method": "GET", "path": "/resolve/"})], "cut in the middle": [(cut(1000), 3, DATA)], "cut at once": [(cut(0), 2, DATA)], "too short": [(too_short(10), 2, DATA)],
     "other bytes": [(wrong_bytes, 2, DATA)], "a page in place of the content": [(html_body, 1, DATA)], "hangs": [(hang(0.4), 1, SIDE)], "listing fails": [(status(504), 2, TREE)],
+    "an answer cut short": [(truncated(0.5), 1, API)], "a list cut short": [(truncated(0.5), 1, TREE)], "an empty answer": [(truncated(0), 1, API)], "no gzip": [(other_headers(Content_Encoding="gzip"), 2, DATA)],
+    "a weak name": [(lambda a: other_headers(ETag="W/" + a.headers["ETag"])(a), 5, FILE)],
 }
 
 
@@ -120,6 +130,15 @@ REFUSED = {  # what stays -> faults, and words of the sentence
     "empty": ([(changed_json(lambda told: []), None, TREE)], ["cannot be loaded"]), "circle": ([(lambda a: redirected("/api/datasets/refused/circle")(a), None, {"path": "/api/"})], ["redirects in a circle"]),
     "circle of files": ([(redirected("/datasets/refused/circle-of-files/resolve/main/train.jsonl"), None, {"path": "/resolve/"})], ["circle"]),
     "no commit": ([(changed_json(lambda told: told | {"sha": None} if isinstance(told, dict) else told), None, {})], ["none"]), "a commit that is none": ([(changed_json(lambda told: told | {"sha": "../../x"} if isinstance(told, dict) else told), None, {})], ["which is none"]),
+    "a hash that climbs": ([(other_headers(ETag='"../../../../evil"'), None, FILE)], ["evil", "which is none"]), "a hash of a large file that climbs": ([(other_headers(X_Linked_Etag='"../../../../evil"'), None, FILE)], ["which is none"]),
+    "a hash that is a place": ([(other_headers(ETag='"/tmp/evil-place"'), None, FILE)], ["which is none"]), "an empty hash": ([(other_headers(ETag=""), None, FILE)], ["which is none"]), "a hash in capitals": ([(other_headers(ETag='"' + "A" * 40 + '"'), None, FILE)], ["cannot be checked"]),
+    "a hash of another kind": ([(lambda a: a.__class__(a.status, a.headers | {"ETag": '"' + "a" * 32 + '"'}, a.body.replace(b"text 0", b"text 9")), None, FILE)], ["cannot be checked"]),
+    "a commit that climbs": ([(other_headers(X_Repo_Commit="../../../../evil"), None, SIDE)], ["which is none"]), "a missing file of a commit that climbs": ([(missing_of("../../../../evil"), None, {"path": "/README"})], ["which is none"]),
+    "another commit": ([(other_headers(X_Repo_Commit="d" * 40), None, SIDE)], ["answers with the commit " + "d" * 40]),
+    "a window of a day": ([(status(429, RateLimit='"api";r=0;t=86400'), None, {})], ["asks to wait 86,400 seconds"]), "a window of a day for the content": ([(status(429, RateLimit='"resolvers";r=0;t=86400'), None, DATA)], ["asks to wait 86,400 seconds"]),
+    "again and again": ([(status(503, Retry_After=1), None, TREE)], ["asks to wait 6 seconds in all"]),
+    "402": ([(status(402), None, API)], ["answers 402, which is not what it should"]), "405 of files": ([(status(405), None, {"method": "HEAD"})], ["answers 405, which is not"]), "418 of files": ([(status(418), None, SIDE)], ["answers 418, which is not"]),
+    "nothing": ([(changed_json(lambda told: None), None, API)], ["not a hub's answer"]), "a list of nothing": ([(changed_json(lambda told: [None] if isinstance(told, list) else told), None, TREE)], ["not a hub's answer"]), "a commit that is a number": ([(changed_json(lambda told: told | {"sha": 5} if isinstance(told, dict) else told), None, API)], ["which is none"]),
     "trickles": ([(trickle(0.05), None, DATA)], ["less than a kilobyte"]), "hangs": ([(hang(0.4), None, DATA)], ["no complete answer"]),
 }
 
@@ -132,10 +151,48 @@ def test_what_stays_is_one_sentence(case, ill, client):
     for change, times, where in faults:
         ill.ill(repo, change, times, **where)
     impatient = "import os; os.environ['XTRANSFER_HUB_PATIENCE'] = '{}'; "
-    said = client.error((impatient.format(0.2) if case == "trickles" else "") + read(repo))
+    answer = client((impatient.format(0.2) if case == "trickles" else "") + read(repo))
+    said = answer.get("error", "")
     client.value(impatient.format(1))
+    assert said and "\n" not in said and answer["slept"] < 120, answer
+    assert not outside(client)
     assert repo in said and all(word in said for word in words), said
     assert len(ill.asked(repo)) < 80, "with a limit"
+
+
+@pytest.mark.parametrize("page", ("again", "{}"), ids=["the same page", "ever new pages"])
+def test_a_list_without_end(page, ill, client):
+    repo, told = f"endless/{'same' if page == 'again' else 'new'}", []
+    ill.add("datasets", repo, FILES)
+    ill.ill(repo, lambda a: (told.append(1), other_headers(Link=f'<{ill.endpoint}/api/datasets/{repo}/tree/main?page={page.format(len(told))}>; rel="next"')(a))[1], None, **TREE)
+    said = client("xtransfer.hub.MOST_PAGES = 30; " + read(repo))
+    client.value("xtransfer.hub.MOST_PAGES = 1000")
+    assert repo in said["error"] and "has no end" in said["error"] and len(told) < 40
+
+
+def test_a_session_that_was_renewed_believes_no_more(ill, client):
+    """The client renews its session when a connection fails, in the middle of a question."""
+    commit = ill.add("datasets", "renewed/session", FILES)
+    ill.ill("renewed/session", other_headers(ETag='"../../../../evil"'), None, **FILE)
+    ask = f"huggingface_hub.close_session(); huggingface_hub.hf_hub_download('renewed/session', 'train.jsonl', repo_type='dataset', revision={commit!r})"
+    said = client.value(f"""
+def ask():
+    {ask}
+try:
+    value = xtransfer.hub.patiently(ask)
+except xtransfer.hub.Damaged as error:
+    value = str(error)
+""")
+    assert "which is none" in said
+
+
+def test_hashes_of_a_list_name_no_files(ill, client):
+    """Through Xet, the client takes a file's name in the cache from the list of files, and asks for no hash."""
+    commit = ill.add("models", "listed/names", {"config.json": "{}", "model.safetensors": b"x" * 3000})
+    climbs = {"lfs": {"oid": "../../../../../../evil", "size": 3000, "pointerSize": 100}, "xetHash": "a" * 64}
+    ill.ill("listed/names", changed_json(lambda told: [entry | climbs if entry["path"] == "model.safetensors" else entry for entry in told]), None, **TREE)
+    assert client.value(f"import huggingface_hub; huggingface_hub.constants.HF_HUB_DISABLE_XET = False; value = len((xtransfer.hub.model_files('listed/names', {commit!r}, weights=True) / 'model.safetensors').read_bytes())") == 3000
+    assert not outside(client)
 
 
 def test_the_record_names_what_was_read(ill, client):
@@ -262,6 +319,8 @@ OF_MODELS = {
     "503": ([(status(503), None, {})], ["does not answer", "503"]), "503 of the weights": ([(status(503), None, WEIGHTS)], ["answers 503"]), "cut weights": ([(cut(3000), None, WEIGHTS)], ["no complete answer"]),
     "other weights": ([(wrong_bytes, None, WEIGHTS)], ["model.safetensors is not what the hub announced"]), "other tokenizer": ([(wrong_bytes, None, {"method": "GET", "path": "/tokenizer.json"})], ["tokenizer.json is not what"]),
     "page": ([(html, None, {})], ["not a hub's answer"]), "gated": ([(refused(403, "GatedRepo", "Access is restricted"), None, {})], ["refuses access"]), "no list": ([(changed_json(lambda told: []), None, TREE), (changed_json(lambda told: told | {"siblings": []} if isinstance(told, dict) else told), None, {"path": "/revision"})], ["config.json"]),
+    "hash that climbs": ([(other_headers(ETag='"../../../../evil"'), None, {"path": "/model.safetensors"})], ["which is none"]), "another commit": ([(other_headers(X_Repo_Commit="d" * 40), None, SIDE)], ["cannot be had: the hub answers with the commit " + "d" * 40]),
+    "402": ([(status(402), None, SIDE)], ["cannot be had", "answers 402, which is not what it should"]), "window of a day": ([(status(429, RateLimit='"resolvers";r=0;t=86400'), None, WEIGHTS)], ["asks to wait 86,400 seconds"]), "nothing": ([(changed_json(lambda told: None), None, API)], ["not a hub's answer"]),
     "no tokenizer": ([(refused(404, "EntryNotFound", "no"), None, {"path": "/tokenizer"})], ["tiny"]),
 }
 

@@ -12,14 +12,14 @@ from urllib.parse import unquote
 import pandas as pd
 import pytest
 
-from xtransfer.analysis import simulate_scores
+from xtransfer.analysis import AVERAGES, headline, paired_gains, simulate_scores
 from xtransfer.backbones import BACKBONES
 from xtransfer.core import XtransferError, write_json
 from xtransfer.languages import LANGUAGES, Language
-from xtransfer.findings import answer, arm_tasks, find, points_words, summary
+from xtransfer.findings import answer, arm_tasks, find, points_words, summary, trained_languages
 from xtransfer.plots import interval_words, plot_gains, signed
 from xtransfer.records import NOTEBOOK_NAME, RECORD_NAME, Record, Score, load_records
-from xtransfer.report import study_report
+from xtransfer.report import _score_notices, study_report
 from xtransfer.sections import ANSWERS, Answer, Section, Table
 from xtransfer.studies import Contrast, Recipe, Stage, Study, intermediate_cells
 from xtransfer.tasks import TASKS, Source, Task, text_pair
@@ -311,6 +311,29 @@ def test_one_seed_gives_no_verdict(toys, tmp_path):
     assert "One seed" in words and " helps" not in table and "too few seeds" in table
     found = find(study, load_records(study, tmp_path))
     assert not any(re.search(r"\) (helps?|hurts?)\b", line) for _, lines in answer(found) for line in lines) and "with one seed there is no verdict" in summary(found)
+    assert "nothing is marked" in words and "Bold and *" not in words and 'class="n resolved' not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("languages", [("en", "qta"), ("qta",), CODES])
+def test_a_language_in_which_a_target_was_trained_is_not_zero_shot(languages, toys, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS._entries, "toy_target", replace(TASKS["toy_target"], train_languages=languages))
+    study = build_study(targets=("toy_target", "toy_qa"), untrained=())
+    write_records(study, tmp_path, TRUTH)
+    found, whole = find(study, load_records(study, tmp_path)), headline(load_records(study, tmp_path), split=None)
+    own = {"qta"} if languages != CODES else set()  # where no other language would be left, all stay
+    assert trained_languages(study) == {"toy_target": frozenset(languages) - {"en"}}
+    assert {target: set(group["language"]) for target, group in found.values.groupby("target")} == {"toy_target": set(CODES) - own, "toy_qa": set(CODES)}
+    pairs = paired_gains(whole, study.contrasts)
+    for row in found.gains[~found.gains["target"].isin(AVERAGES)].itertuples():
+        left_out = {"en"} | (own if row.target == "toy_target" else set())
+        there = pairs[(pairs["treatment"] == row.treatment) & (pairs["baseline"] == row.baseline) & (pairs["target"] == row.target) & ~pairs["language"].isin(left_out)]
+        assert row.gain == pytest.approx(there["gain"].mean()) and row.n_languages == len(CODES) - len(left_out) and not row.n_missing
+    ((title, words),) = _score_notices(study, found)
+    assert title == "Languages that are not zero-shot" and words.startswith(f"toy_target is trained in {'qta.' if own else 'qta, qtb'}") and ("in no table" in words) == bool(own) and ("is not zero-shot" in words) == (not own)
+
+
+def test_a_study_that_trains_in_english_says_nothing_of_it(written):
+    assert trained_languages(written[0]) == {} and "not zero-shot" not in Page(written[1].read_text(encoding="utf-8")).text and "nothing is marked" not in written[1].read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("untrained", [(), ("toy_retrieval",)])

@@ -1,7 +1,9 @@
 """A record's notebook is executed again by hand: the same scores, and the record stays as it was."""
 
 import ctypes
+import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,6 +107,7 @@ def test_a_record_runs_again_by_hand_to_the_same_scores(every_kind, kind, tmp_pa
     out = printed(notebook)
     assert EQUAL in out and "holds the finished record of " + runs[kind].id in out
     assert hashes(outputs) == before, "nothing of any record has changed"
+    assert not Path(re.search(r"this notebook writes to (\S+), which is removed", out)[1]).exists()
     assert '"name": "stderr"' not in out, "no warnings"
     if kind in ("pretrain", "intermediate", "target"):
         assert "step 40 of 40, loss" in out, "the bar shows in a cell"
@@ -145,6 +148,31 @@ def test_without_the_parents_weights_one_sentence_says_what_makes_them_and_it_do
     notebook, said = by_warm_hand(child)
     assert notebook is not None and EQUAL in printed(notebook), said
     assert restore(parent) == ""  # they are there
+
+
+@pytest.mark.parametrize("where", ("copytree", "one file", "replace"))
+def test_a_full_disk_while_weights_are_restored_is_one_sentence(where, every_kind, tmp_path, capsys, monkeypatch):
+    outputs, runs = every_kind
+    copy = tmp_path / "outputs"
+    shutil.copytree(outputs, copy, ignore=shutil.ignore_patterns(".locks"))
+    shutil.rmtree(run_folder(copy, runs["intermediate"]) / "checkpoint")
+    before = hashes(copy)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if where == "replace":  # the weights are made, and cannot be moved
+        place = run_folder(copy / ".locks" / f"restore-{runs['intermediate'].digest}", runs["intermediate"])
+        shutil.copytree(run_folder(outputs, runs["intermediate"]), place)
+    with monkeypatch.context() as patched:
+        for name in {"copytree": ("shutil.copytree",), "one file": ("os.link", "shutil.copy2"), "replace": ("os.replace",)}[where]:
+            patched.setattr(name, full)
+        assert main([str(run_folder(copy, runs["intermediate"]))]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("xtransfer: run ") and "No space left on device" in said and said.count("\n") == 1 and "[(" not in said
+    after = hashes(copy)
+    assert {name: after[name] for name in before} == before
+    if where == "one file":  # the same command goes on
+        assert main([str(run_folder(copy, runs["intermediate"]))]) == 0 and has_checkpoint(runs["intermediate"], copy)
 
 
 def test_what_cannot_be_restored_is_said(every_kind, tmp_path, capsys):

@@ -168,6 +168,29 @@ def test_interrupted_it_says_how_to_go_on_and_leaves_no_process(tmp_path, toy_ou
     assert gone(tmp_path)
 
 
+def test_interrupted_twice_before_the_first_kernel_is_there_it_stops_as_well(tmp_path):
+    """The fork server imports then, and the kernels are still to come."""
+    process = command(*SMOKE, "--outputs", tmp_path)
+    while not list(tmp_path.glob("*/.work-*")) and process.poll() is None:
+        time.sleep(0.02)
+    for pause in (0.4, 1.0):
+        time.sleep(pause)
+        os.kill(process.pid, signal.SIGINT)
+    code, out, err = finished(process, 60)
+    assert code == 130 and "same command" in err and "Traceback" not in out + err, out + err
+    assert gone(tmp_path) and not list(tmp_path.glob("*/*/record.json"))
+
+
+def test_a_reader_that_goes_away_stops_the_study_and_the_exit_code_says_so(tmp_path, toy_outputs):
+    process = command(*SMOKE, "--outputs", tmp_path)
+    process.stdout.readline()
+    process.stdout.close()
+    err, code = process.stderr.read(), process.wait(120)
+    assert code == 1 and len(err.splitlines()) == 1 and "nobody reads any more" in err, err
+    assert gone(tmp_path)
+    assert xtransfer(*SMOKE, "--outputs", tmp_path)[0] == 0 and outcome(tmp_path) == outcome(toy_outputs)
+
+
 def test_two_processes_on_the_same_outputs(tmp_path, toy_outputs):
     """Two at once, in another folder than the first time: nothing is spoilt, and everything is bit for bit what it was."""
     both = [command(*SMOKE, "--outputs", tmp_path) for _ in range(2)]

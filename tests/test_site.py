@@ -12,6 +12,7 @@ Blocks of a page share a folder, in their order. A block that cannot run in a te
     file: NAME         is written into the folder under that name
 """
 
+import configparser
 import importlib
 import json
 import os
@@ -33,7 +34,7 @@ BLOCK = re.compile(r"((?:^<!-- .+? -->\n)*)^```(\w+)\n(.*?)^```", re.M | re.S)
 TINY = ["--set", "max_steps=2", "--set", "evaluations=1", "--set", "dev_limit=8", "--train-limit", "24", "--score-limit", "4"]
 KINDS = {"minutes", "needs: hub", "needs: slurm", "needs: display", "needs: network", "needs: hours"}
 EXECUTED = {"bash", "console", "python"}
-USED = {"news tables": {f"data/me/news/sw/{split}.csv": "headline,body,category\n" + 'Habari,"Maandishi, ya leo",sports\n' * rows for split, rows in {"train": 4, "validation": 2, "test": 2}.items()}}
+USED = {"news tables": {f"data/me/news/{table}.csv": "headline,body,category\n" + 'Habari,"Maandishi, ya leo",sports\n' * rows for table, rows in {"en/train": 4, "en/validation": 2, "en/test": 2, "sw/test": 2}.items()}}
 
 
 def blocks(page):
@@ -77,6 +78,14 @@ class Reader:
         kind = next((mark for mark in marks if mark in KINDS), None)
         if words[0] == "make":
             assert kind in ("needs: display", "needs: hours") and re.search(rf"^{re.escape(words[1])}:", (ROOT / "Makefile").read_text(), re.M), line
+        elif kind == "needs: network" and words[0] in ("git", "cd"):
+            address = configparser.ConfigParser()
+            address.read(ROOT / "settings.ini")
+            assert words in (["git", "clone", address["DEFAULT"]["git_url"]], ["cd", address["DEFAULT"]["repo"]]), line
+        elif kind == "needs: network" and words[1] == "-c":
+            import transformers
+            compile(words[2], line, "exec")
+            assert words[0].endswith("/python") and all(hasattr(transformers, name) for name in re.findall(r"\bt\.(\w+)", words[2])), line
         elif kind == "needs: network":
             assert words[0] == "pip" and all((ROOT / name).exists() for name in words if name.endswith((".lock", ".txt"))), line
         elif kind in ("needs: hub", "needs: slurm"):
@@ -240,7 +249,7 @@ def test_every_link_of_the_site_leads_somewhere(site):
             if re.match(r"[a-z]+:|//", link) or name == "404.html" or name.startswith("results/") and name not in ("results/index.html",):
                 continue
             aim = os.path.normpath(os.path.join(os.path.dirname(name), path)) if path else name
-            if not (folder / aim).exists() or anchor and aim in pages and anchor not in pages[aim].anchors and not name.startswith("library/"):
+            if not (folder / aim).exists() or anchor and aim in pages and anchor not in pages[aim].anchors:
                 dead.append((name, link))
     assert not dead, f"{len(dead)} dead links, such as {dead[:8]}"
 
@@ -261,6 +270,8 @@ def test_the_site_holds_everything(site):
         assert not [name for name in public if not re.search(rf"\b{name}\b", text)], notebook.name
     shown = (folder / "library" / "02_metrics.html").read_text(encoding="utf-8")
     assert "#| export" not in shown and "#|" not in shown and "clipboard-copy-txt" not in shown and "normalize_squad" in shown
+    listed = (folder / "results" / "index.html").read_text(encoding="utf-8")
+    assert "One record" in re.search(r'<a href="record.html" class="md-nav__link">(.*?)</a>', listed, re.S)[1] and 'href="../index.html" title="xtransfer"' in listed
     line = (folder / "reference" / "command-line.html").read_text(encoding="utf-8")
     assert all(f"usage: xtransfer {name}" in line for name in COMMANDS)
     assert all(f"reference/tasks/{name}.html" in pages for name in TASKS if not name.startswith(("toy", "news"))) and "reference/backbones/xlm-r-large.html" in pages and len(BACKBONES) > 20

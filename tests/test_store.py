@@ -22,10 +22,11 @@ from conftest import TOYS, xtransfer as command
 from copies import COPIES
 from plainly import plain_sentences, plain_sides, plainly
 from xtransfer.backbones import FAMILIES
-from xtransfer.cache import META_NAME, clear_store, make_room, read_entry, store_entries, store_folder, write_entry
+from xtransfer.cache import META_NAME, clear_store, format_store, make_room, read_entry, store_entries, store_folder, write_entry
 from xtransfer.core import XtransferError
 from xtransfer.encoding import encode, encode_sentences, encode_sides, make_batch
 from xtransfer.modeling import prepare_tokenizer
+from xtransfer.seals import with_checksum
 from xtransfer.sources import DATA_VARIABLE, Loader, Source
 from xtransfer.store import COUNTED, ROWS_LIMIT, StoredRows, encode_examples, look, rows_key, stored_examples, stored_sentences, stored_sides, tokenizer_fingerprint
 from xtransfer.studies import Recipe
@@ -228,6 +229,28 @@ for round in range(40):
     assert written and arrays["ids"].tolist() == list(range(round, round + 20_000)), key
 print("done")
 """
+
+
+def test_entries_with_each_other_s_names_are_made_again(cache):
+    for key in ("aaa", "bbb", "old"):
+        assert write_entry(key, {"ids": np.frombuffer(key.encode(), np.uint8)}, {"what": key})
+    (cache / "aaa").rename(cache / "between"), (cache / "bbb").rename(cache / "aaa"), (cache / "between").rename(cache / "bbb")
+    for key in ("aaa", "bbb"):
+        with pytest.warns(UserWarning, match=f"the entry {key} of the cache is damaged .*it is removed and made again"):
+            assert read_entry(key) is None and not (cache / key).exists()
+        assert write_entry(key, {"ids": np.frombuffer(key.encode(), np.uint8)}, {"what": key}) and bytes(read_entry(key)[1]["ids"]) == key.encode()
+    meta = json.loads((cache / "old" / META_NAME).read_text())
+    (cache / "old" / META_NAME).write_text(json.dumps(with_checksum({name: value for name, value in meta.items() if name != "key"})))
+    assert bytes(read_entry("old")[1]["ids"]) == b"old", "entries of earlier versions do not say whose they are"
+
+
+@pytest.mark.parametrize("content", ("[" * 100_000, "9" * 5000, '{"what": "x", "tokens": "text"}', '{"what": "x", "sequences": Infinity}', '{"what": "x", "tokens": null}'), ids=lambda content: content[:40])
+def test_entries_that_cannot_be_listed_are_shown_as_damaged(content, cache):
+    assert write_entry("whole", {"ids": np.arange(9)}, {"what": "numbers"}) and write_entry("broken", {"ids": np.arange(9)}, {"what": "numbers"})
+    (cache / "broken" / META_NAME).write_text(content)
+    assert {entry.key: entry.what for entry in store_entries()} == {"whole": "numbers", "broken": "damaged"} and "damaged" in format_store()
+    with pytest.warns(UserWarning, match="broken of the cache is damaged"):
+        assert read_entry("broken") is None
 
 
 def test_writers_and_readers_at_the_same_time(cache):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from xtransfer.core import XtransferError
 from xtransfer.encoding import encode
 from xtransfer.objectives import Corruption
 from xtransfer.seals import taken_notes
+from xtransfer.states import sound_state
 from xtransfer.studies import Mixing, Recipe
 from xtransfer.tasks import TASKS, load_examples
 from xtransfer.training import Sampler, fit
@@ -147,6 +149,7 @@ def test_a_loss_that_is_not_finite_is_one_sentence(data, tmp_path):
 DAMAGES = {
     "tensors cut short": lambda folder, state: os.truncate(state / "tensors.safetensors", 1000), "tensors with another bit": lambda folder, state: flip(state / "tensors.safetensors"), "no tensors": lambda folder, state: (state / "tensors.safetensors").unlink(),
     "half of the progress": lambda folder, state: (state / "progress.json").write_text("{"), "progress with another bit": lambda folder, state: flip(state / "progress.json"), "no fingerprints to read": lambda folder, state: (state / "checksums.json").write_bytes(b"\x00"),
+    "a seal of nothing": lambda folder, state: (flip(state / "tensors.safetensors"), (state / "checksums.json").write_text("{}")),
     "best weights with another bit": lambda folder, state: flip(next(folder.glob("best-*"))), "no best weights": lambda folder, state: next(folder.glob("best-*")).unlink()}
 
 
@@ -165,6 +168,21 @@ def test_a_damaged_state_is_not_taken_and_comes_to_the_same(damage, data, tmp_pa
     (said,) = taken_notes(tmp_path / "broken")
     assert "is damaged" in said and said.endswith("trained anew.")
     assert weights_equal(straight, again) and whole.facts == resumed.facts and (tmp_path / "straight" / "log.jsonl").read_bytes() == (tmp_path / "broken" / "log.jsonl").read_bytes()
+
+
+def test_a_state_of_another_run_is_not_taken(data, tmp_path, monkeypatch):
+    """Two runs of the same shape whose folders were given each other's name; in a folder of one's own nobody asks."""
+    one, other = (tmp_path / f".work-{name}" / "training" for name in ("one", "other"))
+    for seed, folder in enumerate((one, other)):
+        with pytest.raises(Killed):
+            trained(data, folder, seed=seed, die_at=13, monkeypatch=monkeypatch, save_seconds=0)
+    shutil.copytree(one, tmp_path / "mine")
+    assert sound_state(one) and sound_state(other) and sound_state(tmp_path / "mine")
+    shutil.rmtree(one)
+    other.rename(one)
+    straight, again = trained(data, tmp_path / "straight")[0], trained(data, one)[0]
+    (said,) = taken_notes(one)
+    assert "checksums.json is that of other/training, not of one/training" in said and said.endswith("trained anew.") and weights_equal(straight, again)
 
 
 @pytest.mark.parametrize("damage", ("gone", "garbage", "half a line"))

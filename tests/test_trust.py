@@ -458,6 +458,113 @@ def test_half_a_character_is_said(tmp_path, monkeypatch, toys):
         load_examples(broken, "de", "test")
 
 
+ODD = {  # format -> a right row, and values that some column may not have
+    "sequence_classification": ({"text": "x", "label": "a"}, [{"text": 5}, {"text": b"x"}, {"text": ["x"]}, {"text": {"a": 1}}, {"text": True}, {"label": ["a"]}, {"label": {}}, {"label": 0}, {"label": "x" * 1_000_000}, {"label": "a\n"}]),
+    "token_classification": ({"tokens": ["a"], "tags": ["O"]}, [{"tokens": [1]}, {"tokens": [None]}, {"tokens": [["a"]]}, {"tokens": "a"}, {"tokens": None}, {"tags": [None]}, {"tags": [["O"]]}, {"tags": {"O": 1}}, {"tokens": ["\udc80"]}]),
+    "span_extraction": ({"id": "1", "question": "q", "context": "a bc", "answers": {"text": ["bc"], "answer_start": [2]}},
+                        [*({"answers": {"text": ["bc"], "answer_start": [start]}} for start in ("2", None, 2.0, float("nan"), True)), {"answers": {"text": [5], "answer_start": [0]}}, {"answers": {"text": "bc", "answer_start": [2, 3]}}, {"answers": None}, {"answers": "bc"},
+                         {"context": None}, {"context": 5}, {"context": ["a"]}, {"question": 5}]),
+    "multiple_choice": ({"id": 1, "question": "q", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "A"},
+                        [{"choices": None}, {"choices": "ab"}, *({"choices": {"label": ["A", "B"], "text": texts}} for texts in ("xy", [None, None], [1, 2], ["x"])), {"answerKey": True}, {"answerKey": ["A"]}, {"question": None}, {"question": 3}]),
+    "masked_lm": ({"text": "x"}, [{"text": None}, {"text": 5}, {"text": ["x"]}, {"text_pair": 5}]),
+}
+
+
+@pytest.mark.parametrize("format", ODD)
+def test_values_of_another_kind_are_said_when_they_are_read(format):
+    """Not in the middle of a study, in the words of a tokenizer."""
+    from xtransfer.sources import Source
+    from xtransfer.tasks import FoundLabels, Task, choices_nested, load_examples, plain_text, squad_columns, tagging, text_pair
+
+    read = {"sequence_classification": text_pair("text"), "token_classification": tagging(), "span_extraction": squad_columns, "multiple_choice": choices_nested, "masked_lm": plain_text()}[format]
+    names = ("O",) if format == "token_classification" else ("a", "b")
+    right, changes = ODD[format]
+    for labels in (names, FoundLabels(lambda: names)):
+        def load(*rows):
+            return load_examples(Task(name="mine", format=format, kind="k", source=Source(repo="generated"), languages=("de",), load=lambda language, split: [right, *rows], read=read, labels=labels, metrics=("squad",), trains_on="mine"), "de", "test")
+        assert len(load().rows) == 1
+        for row in (*({**right, **change} for change in changes), None, "row", ["x"], 5, {5: 1}, {f"c\n{i}": 1 for i in range(3000)}):
+            with pytest.raises(XtransferError) as said:
+                load(row)
+            assert "row 1 of task mine, language de, split test" in str(said.value) and "\n" not in str(said.value) and len(str(said.value)) < 2500, row
+
+
+def test_half_a_character_is_said_before_anything_runs(toys):
+    from dataclasses import replace
+
+    from xtransfer.core import digest
+    from xtransfer.studies import STUDIES
+
+    study = STUDIES["toys"].build("smoke")
+    half = "nli\ud83d"
+    cells = tuple(replace(cell, arm=half) if cell.arm == study.cells[-1].arm else cell for cell in study.cells)
+    for change in ({"cells": cells}, {"question": half}, {"note": half}, {"factors": {"none": {"family": half}}}, {"factors": {"none": {half: 1}}}, {"factors": {half: {}}}, {"baselines": (half,)}):
+        with pytest.raises(XtransferError, match=r"study toys holds half a character in 'nli\\ud83d'"):
+            replace(study, **change)
+    replace(study, question="\U0001f600 \u202e <script>", note="\x1b[31m")
+    for value in ("\ud800", {"\udfff": 1}, ["fine", "\ud800"]):
+        with pytest.raises(XtransferError, match="half a character stands in"):
+            digest(value)
+
+
+def test_files_of_ones_own_that_cannot_be_read(tmp_path, monkeypatch):
+    from xtransfer.sources import Source, asked_commit, folder_digest, json_lines, pins, text_lines
+
+    path = tmp_path / "rows.jsonl"
+    for content in (b"[" * 100_000, b'{"a":' * 5000 + b"1" + b"}" * 5000, b'{"id": ' + b"9" * 5000 + b"}"):
+        path.write_bytes(b"{}\n" + content)
+        with pytest.raises(XtransferError, match="line 2 of .*rows.jsonl is not JSON"):
+            json_lines(path)
+    for missing in (tmp_path, tmp_path / "none.jsonl"):
+        for read in (json_lines, text_lines):
+            with pytest.raises(XtransferError, match="cannot be read: "):
+                read(missing)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "plain.txt").write_text("a")
+    before = folder_digest(tmp_path / "copy")
+    assert before == "cbcb41b7103c"
+    with open(os.fsencode(tmp_path / "copy") + b"/caf\xff.jsonl", "w") as file:
+        file.write("{}")
+    assert folder_digest(tmp_path / "copy") not in (before, "")
+    monkeypatch.setenv("XTRANSFER_DATA", str(tmp_path))
+    for number, commit in enumerate(("main", "../../../x", "", "A" * 40, "a" * 39)):
+        (tmp_path / "pins.json").write_text(json.dumps({"google/xquad": commit}))
+        os.utime(tmp_path / "pins.json", (number, number))
+        with pytest.raises(XtransferError, match="pins.json is damaged"):
+            asked_commit(Source(repo="google/xquad"))
+    (tmp_path / "pins.json").write_text(json.dumps({"google/xquad": "a" * 40}))
+    assert pins() == {"google/xquad": "a" * 40}
+
+
+def test_messages_are_one_line_with_an_end(tmp_path, monkeypatch, capsys):
+    from xtransfer.cli import main
+    from xtransfer.core import nearest
+
+    def refuse(arguments):
+        raise XtransferError("what was\nread: " + "x" * 3_000_000 + "; then\u2028it ended.")
+    monkeypatch.setitem(main.__globals__["HANDLERS"], "plan", refuse)
+    assert main(["plan", "stilts"]) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and len(said) <= 2001 and r"what was\nread" in said and said.endswith("it ended.\n")
+    assert nearest("a" * 3_000_000, [5, None, "a"]) == "" and nearest("12345", [12346]) == "; did you mean '12346'?"
+
+
+def test_formulas_and_letters_without_a_shape(recwarn):
+    import matplotlib.pyplot as plt
+
+    from xtransfer.page import drawing
+    from xtransfer.sections import csv_cell
+
+    for formula in ("=1", "＝1+1", "＋1", "－1", "＠x", "\u200b=1", "\ufeff=1", "\u2060\u200d @x", "\t=1", "\u00ad+x"):
+        assert csv_cell(formula).startswith("'"), ascii(formula)
+    assert [csv_cell(text) for text in ("nli", "-1.5", "x=1", "é", "−1", "")] == ["nli", "-1.5", "x=1", "é", "−1", ""]
+    figure, axes = plt.subplots()
+    axes.set_title("\u0f40\u1780 \U0001f600")
+    assert drawing(figure, "a figure", "f").startswith("<svg")
+    plt.close(figure)
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
 @pytest.mark.parametrize("value", ("{[]: 1}", "(" * 5000, "-" * 100_000 + "1", "\x1b[31m", "__import__('os').system('touch ran')", "open('ran', 'w')", "9" * 5000, "\0", "\ud800", "[" * 300 + "]" * 300), ids=lambda v: ascii(v)[:20])
 def test_a_setting_is_a_value(value, tmp_path, monkeypatch, capsys, toys):
     from xtransfer.cli import main

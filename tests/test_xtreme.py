@@ -290,3 +290,10 @@ def test_mining_real_files_finds_pairs(served):
 
 def test_xcopa_asks_as_copa_does(served):
     assert served["xcopa"]["text"] == "Mees keeras kraani lahti. What was the effect?" and served["xcopa"]["label"] == 1 and len(served["xcopa"]["choices"]) == 2
+
+
+@pytest.mark.parametrize("name", ["tatoeba", "tatoeba_xr", "bucc2018", "xcopa"])
+def test_english_is_a_sentence_where_a_task_is_not_scored_in_it(name):
+    """Its training language, by default, which a test split need not have."""
+    with pytest.raises(XtransferError, match=f"task {name} has no language 'en'"):
+        load_examples(TASKS[name], "en", "test")

@@ -6,7 +6,8 @@
 __all__ = ['Attend', 'KERNELS', 'TOLERANCES', 'GROUPED', 'neighbours', 'LengthGroups', 'in_groups', 'Kernel', 'kernel_for',
            'flat_attention', 'attention_way']
 
-# %% ../nbs/15b_attention.ipynb #98819c33
+# %% ../nbs/15b_attention.ipynb #b939b749
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from .backbones import Family
+
+# %% ../nbs/15b_attention.ipynb #77c00b58
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
 
 # %% ../nbs/15b_attention.ipynb #9846f33c
 def neighbours(

@@ -179,7 +179,7 @@ def no_safetensors(place: str, backbone: str) -> str:
     return (f"{place} holds no weights as safetensors for backbone {backbone}, and other kinds (pytorch_model.bin) are never opened, since a pickle can run code; name a revision that has them, "
             "or convert the weights where you trust them (SECURITY.md tells how) and give that folder as the backbone.")
 
-# %% ../nbs/08_backbones.ipynb #272c8a42
+# %% ../nbs/08_backbones.ipynb #4db97871
 def _read_config(name: str) -> tuple[dict[str, Any], str]:
     """config.json of a folder or of a hub id, and where it was found.
 
@@ -196,7 +196,8 @@ def _read_config(name: str) -> tuple[dict[str, Any], str]:
         except Exception as error:  # the client raises a dozen kinds
             if is_unanswered(error):
                 raise XtransferError(f"the hub does not answer and its cache holds no config.json of {name!r}: {hub_said(error)}.") from error
-            raise XtransferError(f"the hub has no model {name!r} with a config.json: {hub_said(error)}.") from error
+            missing = any(f"({status})" in hub_said(error) for status in (401, 404))
+            raise XtransferError(f"{f'the hub has no model {name!r} with a config.json' if missing else f'the config.json of the model {name!r} cannot be had'}: {hub_said(error)}.") from error
         if not path.exists():
             raise XtransferError(f"the hub has no model {name!r} with a config.json.")
     if not path.exists():

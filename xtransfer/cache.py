@@ -50,7 +50,7 @@ def store_limit() -> int:  # bytes
         raise XtransferError(f"{LIMIT_VARIABLE} is {given!r}; it takes a number of gigabytes from 0, and 0 keeps nothing.")
     return int(gigabytes * 1e9)
 
-# %% ../nbs/14l_cache.ipynb #c414cf14
+# %% ../nbs/14l_cache.ipynb #77dcc7ae
 _verified: set[tuple[str, int, int]] = set()  # entries whose checksums this process has compared: folder, inode (which a later folder may get again) and when it got its name
 _said: set[str] = set()
 
@@ -99,7 +99,7 @@ def read_entry(
         return None
     try:
         meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
-        if not is_whole(meta):
+        if not is_whole(meta) or meta.get("key", key) != key:  # or it is that of an entry which somebody has renamed
             raise ValueError(f"{META_NAME} is not what was written")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if facts["bytes"] else None, allow_pickle=False).view(np.ndarray) for name, facts in meta["arrays"].items()}
         for name, facts in meta["arrays"].items():
@@ -120,7 +120,7 @@ def read_entry(
         pass
     return meta, arrays
 
-# %% ../nbs/14l_cache.ipynb #0d458953
+# %% ../nbs/14l_cache.ipynb #f504c6df
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One entry as `xtransfer cache ls` shows it."""
@@ -139,8 +139,8 @@ def store_entries() -> list[Entry]:
         try:
             size, used = sum(p.stat().st_size for p in folder.iterdir()), (folder / META_NAME).stat().st_mtime
             meta = json.loads((folder / META_NAME).read_text(encoding="utf-8"))
-            found.append(Entry(key=folder.name, what=str(meta["what"]), tokenizer=meta.get("tokenizer", ""), sequences=meta.get("sequences", 0), tokens=meta.get("tokens", 0), size=size, used=used))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            found.append(Entry(key=folder.name, what=str(meta["what"]), tokenizer=str(meta.get("tokenizer", "")), sequences=int(meta.get("sequences", 0)), tokens=int(meta.get("tokens", 0)), size=size, used=used))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, ArithmeticError, RecursionError):
             if folder.is_dir():
                 found.append(Entry(key=folder.name, what="damaged", tokenizer="", sequences=0, tokens=0, size=0, used=0.0))
     return sorted(found, key=lambda entry: -entry.used)
@@ -193,7 +193,7 @@ def format_store() -> str:
     total = sum(entry.size for entry in entries)
     return "\n".join([*([head, *lines, ""] if lines else []), f"{len(entries)} entries, {total / 1e6:,.1f} MB of {limit / 1e9:g} GB in {store_folder()}"])
 
-# %% ../nbs/14l_cache.ipynb #2e9768df
+# %% ../nbs/14l_cache.ipynb #f381be5e
 _left: dict[tuple[Path, int], tuple[float, int]] = {}  # folder and limit -> when this process counted, and bytes that it knows to be left
 
 def write_entry(
@@ -213,7 +213,7 @@ def write_entry(
             array = np.ascontiguousarray(array)
             np.save(part / f"{name}.npy", array, allow_pickle=False)
             facts[name] = {"dtype": str(array.dtype), "shape": list(array.shape), "bytes": array.nbytes, "checksum": _checksum(array)}
-        (part / META_NAME).write_text(json.dumps(with_checksum(dict(meta) | {"layout": LAYOUT, "arrays": facts}), ensure_ascii=False, indent=1), encoding="utf-8")
+        (part / META_NAME).write_text(json.dumps(with_checksum(dict(meta) | {"key": key, "layout": LAYOUT, "arrays": facts}), ensure_ascii=False, indent=1), encoding="utf-8")
         part.rename(folder)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)

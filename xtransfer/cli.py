@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'LISTS', 'HANDLERS', 'make_parser', 'plan_command', 'run_
            'claims_command', 'check_command', 'show_command', 'fetch_command', 'submission_command', 'score_command',
            'ls_command', 'cache_command', 'new_study_command', 'Plainly', 'check_arguments', 'main']
 
-# %% ../nbs/22_cli.ipynb #3c7ca3a6
+# %% ../nbs/22_cli.ipynb #5bd72eda
 import argparse
 import io
 import os
@@ -18,9 +18,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from .core import XtransferError, nearest, plainly
+from .core import XtransferError, nearest, one_line, plainly
 
-# %% ../nbs/22_cli.ipynb #7e3fdecc
+# %% ../nbs/22_cli.ipynb #b7d941f5
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence."""
 
@@ -55,7 +55,7 @@ COMMANDS = {
     "submission": ("write a benchmark's submission folder from a study's kept predictions", "xtransfer submission stilts --profile paper --benchmark xtreme --folder submission"),
     "score": ("score any folder in a benchmark's layout with the official metrics and averages", "xtransfer score --predictions submission/predictions --labels labels --benchmark xtreme"),
     "check": ("look a backbone and its tokenizer over before money is spent on them; `run` does so by itself, once", "xtransfer check world-xlmr"),
-    "show": ("print examples of a task in a language, the card of a task or a backbone, or a run's record", "xtransfer show world_xquad de"),
+    "show": ("print examples of a task in a language, the card of a task or a backbone, or a run's record", "xtransfer show world_xquad qab"),
     "ls": ("list what is declared", "xtransfer ls tasks"),
     "cache": ("list the tokens and rows that are kept for later runs, or remove them", "xtransfer cache clear --older-than 30"),
     "new-study": ("write a starting notebook for a study of your own, and the file that declares it", "xtransfer new-study my-study --task world_ccg --task world_mnli --target world_udpos"),
@@ -132,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_arguments(name, command)
     return parser
 
-# %% ../nbs/22_cli.ipynb #8e51fa23
+# %% ../nbs/22_cli.ipynb #819661e3
 def _print_not_applicable(study: Any) -> None:
     """Say what of a study its backbone cannot do."""
     from xtransfer.studies import not_applicable
@@ -187,7 +187,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         print("\nstopped; nothing is lost. To go on, give the same command again.", file=sys.stderr)
         return 130
     for sentence in outcome.failed.values():
-        print(plainly(sentence), file=sys.stderr)
+        print(one_line(sentence), file=sys.stderr)
     if outcome.failed:
         print(f"{len(outcome.failed)} runs failed and {len(outcome.skipped)} were not started because of them; finished runs are kept. Give the same command again to try these.", file=sys.stderr)
         return 1
@@ -307,7 +307,7 @@ def _show_record(folder: Path) -> int:
         print(f"{s['task']:<20}{s['language']:<6}{s['split']:<6}{s['selection']:<6}{s['metric']:<22}{s['value']:7.2f}  n={s['n']}")
     return 0
 
-# %% ../nbs/22_cli.ipynb #4e1d8461
+# %% ../nbs/22_cli.ipynb #8c6b5ed4
 def fetch_command(arguments: argparse.Namespace) -> int:
     """Download, verify and pin what a study reads."""
     from xtransfer.asked import chosen_study
@@ -323,7 +323,7 @@ def fetch_command(arguments: argparse.Namespace) -> int:
             print(f"partial: {item.name}, {item.detail}; every table that shows it will say so")
     if states["missing"]:
         for sentence in dict.fromkeys(item.detail for item in found if item.state == "missing"):
-            print(plainly(sentence), file=sys.stderr)
+            print(one_line(sentence), file=sys.stderr)
         return 1
     print("With HF_HUB_OFFLINE=1 the study now runs without network.")
     return 0
@@ -348,7 +348,7 @@ def score_command(arguments: argparse.Namespace) -> int:
     print(format_scores(result, languages=True))
     return 0
 
-# %% ../nbs/22_cli.ipynb #c44d79fc
+# %% ../nbs/22_cli.ipynb #775cc09e
 def ls_command(arguments: argparse.Namespace) -> int:
     """List declarations."""
     import xtransfer.catalogue  # noqa: F401  fills the registries
@@ -367,7 +367,7 @@ def ls_command(arguments: argparse.Namespace) -> int:
         "tasks": lambda: [f"{t.name:<19} {t.format:<24} {len(t.languages):>3} languages  trains on {t.trains_on or 'nothing':<19} {', '.join(s.repo for s in t.sources)}" for t in TASKS.values()],
         "backbones": lambda: [f"{b.name:<19} {b.kind.name:<16} {b.layers:>2} layers of {b.hidden_size:<5} {f'{b.parameters:,.{0 if b.parameters >= 10 else 2}f}M' if b.parameters else '':>7} {b.max_length:>7} tokens  {seen(b.languages):<19}"
                               f"{'contaminated  ' if b.contamination else '':<14}{b.checkpoint or 'random weights'}" for b in BACKBONES.values()],
-        "studies": lambda: [f"{s.name:<16}{', '.join(s.profiles):<28}{s.question}" for s in STUDIES.values()],
+        "studies": lambda: [f"{s.name:<19} {', '.join(s.profiles):<27} {s.question}" for s in STUDIES.values()],
         "languages": lambda: [f"{g.code:<5}{g.name:<18}{g.family:<16}{g.script:<6}" + " ".join(f"{k} {v}" for k, v in g.distances.items()) for g in LANGUAGES.values()],
     }[arguments.what]()
     print("\n".join(lines))
@@ -424,15 +424,16 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             if isinstance(text, str) and ("\0" in text or any("\ud800" <= c <= "\udfff" for c in text)):
                 raise XtransferError(f"the argument {name.replace('_', '-')} is {ascii(text)[:120]}, which holds characters that no name or file can have.")
 
-# %% ../nbs/22_cli.ipynb #58cdd01f
+# %% ../nbs/22_cli.ipynb #4e52de59
 HANDLERS = {"plan": plan_command, "fetch": fetch_command, "run": run_command, "status": status_command, "report": report_command, "claims": claims_command, "submission": submission_command,
             "score": score_command, "check": check_command, "show": show_command, "ls": ls_command, "cache": cache_command, "new-study": new_study_command}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    arguments = argparse.Namespace(command=None)
     try:
         parser = make_parser()
-        arguments = parser.parse_args(argv)
+        parser.parse_args(argv, arguments)
         if arguments.command is None:
             parser.print_help()
             return 0
@@ -444,13 +445,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ[DATA_VARIABLE] = str(Path(arguments.data).resolve())
         with redirect_stdout(Plainly(sys.stdout)):
             return HANDLERS[arguments.command](arguments)
-    except XtransferError as error:
-        print(plainly(f"xtransfer: {error}"), file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        return 0
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"xtransfer: the system refuses to go on: {error}.", file=sys.stderr)
+    except BrokenPipeError:  # as of `| head`: what was to be shown is shown, what was to be done is not done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor is anything said at the end
+        if stopped := arguments.command in ("run", "fetch"):
+            print("xtransfer: nobody reads any more what is printed, so it stopped; the same command goes on from here.", file=sys.stderr)
+        return int(stopped)
+    except (XtransferError, OSError) as error:  # or a full disk, a folder that may not be written
+        print(one_line(f"xtransfer: {error}" if isinstance(error, XtransferError) else f"xtransfer: the system refuses to go on: {error}."), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)

@@ -7,7 +7,7 @@ __all__ = ['PYTHON', 'START', 'FIGURE', 'ROW', 'MADE', 'DECODED', 'MACHINES_NAME
            'Machine', 'seconds_of', 'gpu_name', 'machine_key', 'this_machine', 'known_of', 'corrections', 'memory_of',
            'wall_seconds', 'Estimate', 'estimate', 'format_duration', 'cost_table', 'cost_summary']
 
-# %% ../nbs/14m_cost.ipynb #1a5cd4c8
+# %% ../nbs/14m_cost.ipynb #800c2fef
 import heapq
 import importlib.metadata
 import json
@@ -29,6 +29,7 @@ from .cache import store_folder
 from .core import XtransferError, digest, read_json, write_json
 from .memory import memory_estimate
 from .records import Record, environment, study_records
+from .seals import is_whole, with_checksum
 from .studies import Recipe, Run, Study
 from .tasks import TASKS
 from .workload import Known, Workload, example_tokens, length_of, with_sizes, workload
@@ -75,7 +76,7 @@ def seconds_of(
             "calls": machine.update_seconds * work.updates + machine.layer_seconds * work.calls / 3, "arithmetic": work.operations / machine.rate(BACKBONES[run.backbone].hidden_size, precision or run.stage.recipe.precision) / processes,
             "optimizer": work.weights / machine.weights_per_second, "answers": python * DECODED * work.decoded, "disk": work.written / machine.disk_bandwidth}
 
-# %% ../nbs/14m_cost.ipynb #3369f61d
+# %% ../nbs/14m_cost.ipynb #08cb669c
 MACHINES_NAME = "machine.json"
 
 @lru_cache(maxsize=1)
@@ -118,7 +119,8 @@ def this_machine(
     key, path = machine_key(threads, workers, gpus), store_folder().parent / MACHINES_NAME
     name = f"{key['gpu'] or key['processor']}, {threads} thread{'s' * (threads > 1)} a run" + (f", {workers} runs at a time" if workers > 1 and not gpus else "")
     try:
-        kept = dict(read_json(path)) if path.exists() else {}
+        found = read_json(path) if path.exists() else {}
+        kept = found if is_whole(found) else {}  # numbers that nobody has measured would go into every plan
         if digest(key) in kept:
             return Machine(name=name, **kept[digest(key)]["machine"])
     except (XtransferError, TypeError, ValueError, KeyError):  # damaged: it is measured again
@@ -131,7 +133,7 @@ def this_machine(
     kept[digest(key)] = {"key": key, "machine": {field: statistics.fmean(f[field] for f in found) for field in found[0] if field != "rates"} | {"rates": rates}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, kept)
+        write_json(path, with_checksum(kept))
     except (OSError, XtransferError):
         pass  # it is measured again next time
     return Machine(name=name, **kept[digest(key)]["machine"])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARAMETERS_NAME', 'TRAINED_NAME', 'OUTPUT_NAME', 'AGENT', 'PROGRAM', 'work', 'main', 'train']
 
-# %% ../nbs/19a_distributed.ipynb #d3369b1c
+# %% ../nbs/19a_distributed.ipynb #13b5aaf1
 import os
 import re
 import signal
@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import distributed
 
-from .core import XtransferError, end_with_parent, package_folder, read_json, write_json
+from .core import Interrupted, XtransferError, end_with_parent, package_folder, read_json, write_json
 from .progress import StepBar, read_log
 from .ranks import check_ranks, meet
 from .records import LOG_NAME
-from .seals import is_whole, with_checksum
+from .seals import is_whole, place_of, with_checksum
 from .steps import PLAN_NAME, TRAINING_NAME, Step, peak_memory, train as train_here
 from .training import Fitted, Progress, averaged_steps, learning_rate, set_up, sound_state
 from .vocabulary import kept_rows
 
-# %% ../nbs/19a_distributed.ipynb #c9f7d3e6
+# %% ../nbs/19a_distributed.ipynb #a7599823
 PARAMETERS_NAME, TRAINED_NAME, OUTPUT_NAME = "parameters.json", "trained.json", "ranks.log"
 AGENT = "XTRANSFER_AGENT"  # variable that holds the process id of the torchrun that a notebook has started
 
@@ -46,7 +46,7 @@ def work(
     fitted = train_here(step)
     if ranks.first:
         facts = [[*place, about] for place, about in step.facts.items()]
-        found = {"steps": fitted.steps, "facts": facts, "truncated": step.truncated, "seconds": step.seconds, "memory": peak_memory(), "processes": ranks.count, "vocabulary": fitted.vocabulary}
+        found = {"steps": fitted.steps, "facts": facts, "truncated": step.truncated, "seconds": step.seconds, "memory": peak_memory(), "processes": ranks.count, "vocabulary": fitted.vocabulary, "place": place_of(path.parent / TRAINING_NAME)}
         write_json(path.parent / TRAINING_NAME / TRAINED_NAME, with_checksum(found))
     if distributed.is_initialized():
         distributed.destroy_process_group()
@@ -66,11 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"xtransfer: {error}" if known else traceback.format_exc(), file=sys.stderr)
         if path.parent.is_dir():
             said = str(error) if known else f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            write_json(path.parent / TRAINING_NAME / f"rank-{rank}.json", {"rank": rank, "known": known, "said": said})
+            write_json(path.parent / TRAINING_NAME / f"rank-{rank}.json", {"rank": rank, "known": known, "refused": known and not isinstance(error, Interrupted), "said": said})
         return 1
     return 0
 
-# %% ../nbs/19a_distributed.ipynb #d41ad3de
+# %% ../nbs/19a_distributed.ipynb #4ff98f33
 PROGRAM = f"import os, sys; from xtransfer.core import end_with_parent; end_with_parent(int(sys.argv.pop(1))); os.environ[{AGENT!r}] = str(os.getpid()); from torch.distributed.run import main; main()"
 
 def _follow(process: subprocess.Popen, training: Path) -> None:
@@ -88,20 +88,20 @@ def _follow(process: subprocess.Popen, training: Path) -> None:
             shown = last["step"]
             bar.update(shown, last["loss"])
 
-def _reason(step: Step, code: int) -> str:
+def _failure(step: Step, code: int) -> XtransferError:
     """One sentence about why the ranks ended: what one of them has said, else who was killed, else what the output says."""
     training, again = step.folder / TRAINING_NAME, "training goes on from its last state when the same is asked again"
     output = training / OUTPUT_NAME
     notes = [read_json(path) for path in sorted(training.glob("rank-*.json"), key=lambda path: path.stat().st_mtime_ns)]
     if known := next((note for note in notes if note["known"]), None):
-        return known["said"]
+        return (XtransferError if known["refused"] else Interrupted)(known["said"])
     failures = re.findall(r"exitcode: -(\d+)\) local_rank: (\d+)", output.read_text(errors="replace"))
     if failures:
         number, rank = map(int, failures[0])
-        return f"rank {rank} of {step.processes} was killed ({signal.Signals(number).name}); {again}. What the ranks printed is in {output}."
+        return Interrupted(f"rank {rank} of {step.processes} was killed ({signal.Signals(number).name}); {again}. What the ranks printed is in {output}.")
     if notes:
-        return f"rank {notes[0]['rank']} of {step.processes} failed with {notes[0]['said'].rstrip('.')}; what the ranks printed is in {output}."
-    return f"the {step.processes} processes that trained ended with exit code {code}; {again}. What they printed is in {output}."
+        return Interrupted(f"rank {notes[0]['rank']} of {step.processes} failed with {notes[0]['said'].rstrip('.')}; what the ranks printed is in {output}.")
+    return Interrupted(f"the {step.processes} processes that trained ended with exit code {code}; {again}. What they printed is in {output}.")
 
 def _launch(step: Step) -> None:
     """Start the ranks and wait for them.
@@ -115,7 +115,7 @@ def _launch(step: Step) -> None:
     write_json(parameters, step.parameters)
     threads, path = str(step.parameters["threads"]), os.pathsep.join(p for p in (str(package_folder().parent), os.environ.get("PYTHONPATH")) if p)
     around = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TQDM_DISABLE": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", PROGRAM, str(os.getpid()), "--standalone", "--nproc_per_node", str(step.processes), "-m", "xtransfer.distributed", str(parameters)]
+    command = [sys.executable, "-c", PROGRAM, str(os.getpid()), "--standalone", "--log-dir", str(training / "torchrun"), "--nproc_per_node", str(step.processes), "-m", "xtransfer.distributed", str(parameters)]
     with open(training / OUTPUT_NAME, "w") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=step.folder, env=around, start_new_session=True)
     try:
@@ -124,14 +124,15 @@ def _launch(step: Step) -> None:
         process.kill()  # when the user has interrupted the cell; the ranks end with it
         code = process.wait()
     if code:
-        raise XtransferError(_reason(step, code))
+        raise _failure(step, code)
 
-# %% ../nbs/19a_distributed.ipynb #7ed9b4a4
+# %% ../nbs/19a_distributed.ipynb #c7fd742f
 def _finished(training: Path) -> bool:
     """Whether ranks have trained to the end and what they left is what they wrote; else what says so is removed."""
     try:
         found = read_json(training / TRAINED_NAME)
-        if is_whole(found) and sound_state(training) == training / f"state-{found['steps']:08d}":
+        mine = place_of(training)
+        if is_whole(found) and (not mine or found.get("place", "") in ("", mine)) and sound_state(training) == training / f"state-{found['steps']:08d}":
             return True
     except XtransferError:  # there is none, or it is damaged
         pass

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Need', 'stage_needs', 'study_needs', 'is_on_hub', 'pin_sources', 'fetch_backbone', 'Fetched', 'fetch_study']
 
-# %% ../nbs/14d_fetch.ipynb #0537483f
+# %% ../nbs/14d_fetch.ipynb #06cfdc69
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from .backbones import BACKBONES, Backbone, checkpoint_folder, hub_revision
-from .core import XtransferError, write_json
+from .core import XtransferError, one_line, write_json
 from .hub import COMMIT
 from .sources import PINS_NAME, Source, asked_commit, data_folder, local_copy, model_pin, pins, verify_cached
 from .studies import Stage, Study
@@ -82,7 +82,7 @@ def fetch_backbone(backbone: Backbone) -> str:
         _pin(found)
     return ", ".join(fetched) or "nothing to fetch"
 
-# %% ../nbs/14d_fetch.ipynb #5b7098b7
+# %% ../nbs/14d_fetch.ipynb #fc73f2f2
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
     """What was found of one split, or of a backbone's files."""
@@ -100,7 +100,7 @@ def fetch_study(
     def note(name: str, state: str, detail: str) -> None:
         found.append(Fetched(name=name, state=state, detail=detail))
         left = (time.monotonic() - begun) / len(found) * (total - len(found))
-        report(f"[{len(found)}/{total}] {name}: {state}, {detail}" + (f" (about {left:.0f} s left)" if left > 5 else ""))
+        report(f"[{len(found)}/{total}] {name}: {state}, {one_line(detail)}" + (f" (about {left:.0f} s left)" if left > 5 else ""))
     for name in backbones:
         try:
             note(name, "complete", fetch_backbone(BACKBONES[name]))

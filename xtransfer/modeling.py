@@ -6,7 +6,7 @@
 __all__ = ['NO_CODE', 'HEADS_NAME', 'prepare_tokenizer', 'load_tokenizer', 'load_encoder', 'family_of', 'stopped_before',
            'blocks_of', 'TextStates', 'StageModel', 'save_checkpoint', 'load_heads', 'load_pretrained_head']
 
-# %% ../nbs/16_modeling.ipynb #2f98f6b9
+# %% ../nbs/16_modeling.ipynb #adf36294
 import inspect
 import json
 import re
@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 
 from .attention import GROUPED, LengthGroups, neighbours
 from .backbones import FAMILIES, Backbone, Family, checkpoint_folder, no_safetensors
-from .core import XtransferError, derive_seed
+from .core import Interrupted, XtransferError, derive_seed
 from .encoding import Batch, special_affixes
 from .heads import HEADS, TEXT_HEADS, LanguageModelHead, LayerMix, pool
 from .hub import first_lines
@@ -346,7 +346,7 @@ class StageModel(TextStates):
         states = self.states(batch, padded=padded)
         return head(self, states, batch) if isinstance(head, LanguageModelHead) else head(states, batch)
 
-# %% ../nbs/16_modeling.ipynb #856e42ae
+# %% ../nbs/16_modeling.ipynb #b62b06d4
 HEADS_NAME = "heads.safetensors"
 
 def save_checkpoint(
@@ -365,7 +365,7 @@ def save_checkpoint(
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, Path(folder) / HEADS_NAME,
                   metadata={"formats": json.dumps(model.formats)})
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise XtransferError(f"cannot write the checkpoint {folder}: {error}.") from error
+        raise Interrupted(f"cannot write the checkpoint {folder}: {error}.") from error
 
 def load_heads(
     model: StageModel,

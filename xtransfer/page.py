@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['render', 'data_link', 'drawing', 'figure_view']
 
-# %% ../nbs/13a_page.ipynb #6e05bbc7
+# %% ../nbs/13a_page.ipynb #5417a6fa
 import base64
 import io
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from matplotlib.text import Text
 
 from .core import plainly
 
-# %% ../nbs/13a_page.ipynb #8b591455
+# %% ../nbs/13a_page.ipynb #3aef1dbd
 _CSS = """
 :root { --ink: #1d1d1f; --soft: #595c63; --line: #d9dbe0; --wash: #f5f6f8; --good: #174f86; --bad: #96301c; --link: #174ea6; }
 * { box-sizing: border-box; } html { -webkit-text-size-adjust: 100%; }
@@ -50,6 +51,7 @@ thead button { all: unset; cursor: pointer; font: inherit; } thead button::after
 thead button:focus-visible { outline: 3px solid #f0a020; }
 .note, .downloads { font-size: .82rem; margin: .35rem 0 0; max-width: 52rem; } code { font: .88em ui-monospace, "SF Mono", Menlo, Consolas, "Noto Sans Mono", monospace; overflow-wrap: anywhere; } td code, th code { display: inline-block; min-width: 14rem; }
 footer { margin-top: 3rem; border-top: 1px solid var(--line); font-size: .85rem; color: var(--soft); }
+@media (max-width: 48rem) { .drawing { min-width: 0; } }
 @media (max-width: 40rem) { body { padding: 1rem .9rem 3rem; } h1 { font-size: 1.35rem; } .sentence { font-size: 1.1rem; } .facts { grid-template-columns: 1fr; gap: 0; } .facts dd { margin-bottom: .45rem; } main > section.answer, main > section.notices { padding: .7rem .9rem; } caption span { max-width: calc(100vw - 2rem); } .tall { max-height: 26rem; } nav a, .downloads a { display: inline-block; padding: .2rem 0; } }
 @media print { @page { margin: 15mm 13mm; } body { font-size: 10pt; padding: 0; max-width: none; } a { color: inherit; text-decoration: none; } .skip, .downloads, thead button::after { display: none; }
 .scroll, .tall { overflow: visible; max-height: none; border: 0; } .tall thead th { position: static; box-shadow: none; } caption span { position: static; max-width: none; width: auto; } .drawing { min-width: 0; } table { font-size: 7.2pt; width: 100%; } th, td, .n, .short, .wrap small { white-space: normal; overflow-wrap: break-word; min-width: 0; } th, td { padding-right: .45rem; } .n small { display: block; white-space: nowrap; }
@@ -138,7 +140,7 @@ def data_link(
     """A file inside a link."""
     return f"data:{kind};charset=utf-8;base64,{base64.b64encode(content.encode()).decode()}"
 
-# %% ../nbs/13a_page.ipynb #fe1f8a57
+# %% ../nbs/13a_page.ipynb #82747a19
 _FONTS = {"svg.fonttype": "none", "svg.hashsalt": "xtransfer", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"], "font.family": ["sans-serif"]}
 
 def drawing(
@@ -150,7 +152,8 @@ def drawing(
     content = io.StringIO()
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a dollar sign in a name is one
-    with matplotlib.rc_context(_FONTS | {"text.parse_math": False}):
+    with matplotlib.rc_context(_FONTS | {"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # of fonts that measure the text: the reader's browser has its own
         figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = content.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg"):], flags=re.S)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingLog', 'read_log', 'in_notebook', 'StepBar', 'StudyLine', 'study_state']
 
-# %% ../nbs/16i_progress.ipynb #ba731c88
+# %% ../nbs/16i_progress.ipynb #431d9fae
 import json
 import shutil
 import sys
@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .core import XtransferError, write_text
+from .core import Interrupted, XtransferError, write_text
 
-# %% ../nbs/16i_progress.ipynb #ac441812
+# %% ../nbs/16i_progress.ipynb #ccb3741c
 class TrainingLog:
     """A JSONL file of losses and development scores."""
 
@@ -40,7 +40,7 @@ class TrainingLog:
             try:
                 self._file.write(json.dumps(row) + "\n")
             except OSError as error:
-                raise XtransferError(f"cannot write the training log {self._path}: {error.strerror or error}; the last complete state is untouched.") from error
+                raise Interrupted(f"cannot write the training log {self._path}: {error.strerror or error}; the last complete state is untouched.") from error
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; one that is being written, or damaged, is left out."""
@@ -48,7 +48,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and "step" in row:
             rows.append(row)

@@ -6,7 +6,7 @@
 __all__ = ['Busy', 'work_folder', 'run_status', 'held', 'has_checkpoint', 'now', 'finish', 'publish', 'replaced_by',
            'disk_trouble', 'is_publishable', 'clear_replaced']
 
-# %% ../nbs/20b_publishing.ipynb #6c5b406f
+# %% ../nbs/20b_publishing.ipynb #c1509cee
 import datetime
 import os
 import shutil
@@ -18,20 +18,20 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .backbones import BACKBONES
-from .core import XtransferError, plain, read_json, write_json, write_text
+from .core import Interrupted, XtransferError, plain, read_json, write_json, write_text
 from .model_cards import CARD_NAME, model_card
 from .records import CHECKPOINT_NAME, EMBEDDINGS_NAME, LOG_NAME, NOTEBOOK_NAME, PREDICTIONS_NAME, RECORD_NAME, Record, Score, damage, environment, read_record, run_folder
-from .seals import fingerprints, flush, unsealed, with_checksum
+from .seals import WORKING, fingerprints, flush, place_of, unsealed, with_checksum
 from .studies import Run, Study, lineage
 
-# %% ../nbs/20b_publishing.ipynb #803bff37
+# %% ../nbs/20b_publishing.ipynb #51340ad4
 class Busy(XtransferError):
     """Another process is executing the run."""
 
 def work_folder(outputs: str | Path, run: Run) -> Path:
     """Where a run is executed: beside its final folder, so that relative paths are the same in both."""
     final = run_folder(outputs, run)
-    return final.with_name(f".work-{final.name}")
+    return final.with_name(WORKING + final.name)
 
 def run_status(
     run: Run,
@@ -57,7 +57,7 @@ def held(run: Run, outputs: str | Path, patience: float = 0.0) -> Iterator[None]
     path = Path(outputs) / ".locks" / f"{run.digest}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
+        lock = FileLock(path, fallback_to_soft=False)
         lock.acquire(timeout=patience)
     except Timeout:
         raise Busy(f"run {run.id} is being executed by another process; wait until it has ended, then give the same command again.") from None
@@ -72,7 +72,7 @@ def has_checkpoint(run: Run, outputs: str | Path) -> bool:
     """Whether a finished run's weights are there for its children."""
     return (run_folder(outputs, run) / "checkpoint" / "config.json").exists()
 
-# %% ../nbs/20b_publishing.ipynb #8bdbbc42
+# %% ../nbs/20b_publishing.ipynb #4e8df975
 def _record(run: Run, work: Path, parameters: Mapping[str, Any], started: str) -> Record:
     """Put together what was asked, what was measured and where."""
     measured = read_json(work / "results.json")
@@ -89,9 +89,9 @@ def now() -> str:
 def _write_card(run: Run, outputs: str | Path, work: Path) -> None:
     """Let a checkpoint speak for itself: a model card from the records of the run and its ancestors."""
     if (work / "checkpoint").is_dir():
-        ancestors = [run_folder(outputs, ancestor) for ancestor in lineage(run)[:-1]]
-        parents = [read_record(folder) for folder in ancestors if (folder / RECORD_NAME).exists()]
-        write_text(work / "checkpoint" / CARD_NAME, model_card(read_record(work), parents))
+        ancestors = [(run_folder(outputs, ancestor), ancestor.id) for ancestor in lineage(run)[:-1]]
+        parents = [read_record(folder, name) for folder, name in ancestors if (folder / RECORD_NAME).exists()]
+        write_text(work / "checkpoint" / CARD_NAME, model_card(read_record(work, run.id), parents))
 
 def finish(run: Run, work: Path, parameters: Mapping[str, Any], started: str) -> None:
     """Write the record, after everything that it speaks of is on the disk."""
@@ -132,20 +132,23 @@ def _strip_paths(notebook: Path) -> None:
         content.metadata.get("papermill", {}).pop(key, None)
     nbformat.write(content, notebook)
 
-# %% ../nbs/20b_publishing.ipynb #39dc9a6c
+# %% ../nbs/20b_publishing.ipynb #0fa19985
 @contextmanager
 def disk_trouble(run: Run, outputs: str | Path) -> Iterator[None]:
     """Say in one sentence what the system refuses."""
     try:
         yield
+    except BrokenPipeError:  # nobody reads what is printed
+        raise
     except OSError as error:
         where = f" at {error.filename}" if error.filename else ""
-        raise XtransferError(f"run {run.id} cannot write to the output folder {outputs}: {error.strerror or error}{where}; what was finished is kept, and the run goes on when the same command is given again.") from error
+        said = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or error  # the first of the files that could not be copied
+        raise Interrupted(f"run {run.id} cannot write to the output folder {outputs}: {said}{where}; what was finished is kept, and the run goes on when the same command is given again.") from error
 
 def is_publishable(run: Run, work: Path, report: Callable[[str], None]) -> bool:
     """Whether a run that was killed before it was published is what was written; else its record is removed, so that its last cells are executed again."""
     try:
-        found = damage(work, read_record(work)) or unsealed(work / CHECKPOINT_NAME)
+        found = damage(work, read_record(work, run.id)) or unsealed(work / CHECKPOINT_NAME, of=place_of(work / CHECKPOINT_NAME))
     except XtransferError as error:
         found = str(error)
     if found:

@@ -8,26 +8,27 @@ __all__ = ['SCHEMA_VERSION', 'RECORD_NAME', 'NOTEBOOK_NAME', 'PREDICTIONS_NAME',
            'check_records', 'read_predictions', 'check_checkpoint', 'environment', 'run_folder', 'study_records',
            'load_records', 'gradient_cosines', 'load_probes', 'task_embeddings']
 
-# %% ../nbs/10_records.ipynb #53d4fe81
+# %% ../nbs/10_records.ipynb #9d243d4a
 import importlib.metadata
 import os
 import platform
 import subprocess
+import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pandas as pd
 
 from .backbones import BACKBONES
 from .core import XtransferError, nearest, package_folder, plain, read_json
-from .seals import differing, is_whole, unsealed
+from .seals import WORKING, differing, is_whole, unsealed
 from .studies import Run, Study, lineage
 
-# %% ../nbs/10_records.ipynb #1af14527
+# %% ../nbs/10_records.ipynb #1205f3f1
 SCHEMA_VERSION = 1
 RECORD_NAME, NOTEBOOK_NAME, PREDICTIONS_NAME, EMBEDDINGS_NAME = "record.json", "notebook.ipynb", "predictions.parquet", "embeddings.safetensors"
 
@@ -65,12 +66,34 @@ class Record:
     status: str = "complete"
     schema_version: int = SCHEMA_VERSION
 
+# %% ../nbs/10_records.ipynb #e3085699
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value has the type with which a field is declared; whole numbers count as numbers."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(value, part) for part in get_args(kind))
+    if kind is Any or kind is float and type(value) is int:
+        return True
+    if not get_args(kind):
+        return isinstance(value, kind)
+    return isinstance(value, get_origin(kind)) and all(_is_a(part, get_args(kind)[-1]) for part in (value.values() if isinstance(value, Mapping) else value))
+
+def _checked(found: Any) -> Any:
+    """A record or a score, if its fields are what they are declared as.
+
+    Raises: TypeError naming the first that is not.
+    """
+    for f in fields(found):
+        if not _is_a(getattr(found, f.name), f.type):
+            raise TypeError(f"{f.name} is {str(getattr(found, f.name))[:40]!r}")
+    return found
+
 def read_record(
     folder: str | Path,  # a run's folder
+    run: str | None = None,  # Run.id that it has to be of; None: anybody's
 ) -> Record:
     """Read one record.
 
-    Raises: XtransferError when it is missing, damaged, or of another schema version.
+    Raises: XtransferError when it is missing, damaged, of another run or of another schema version.
     """
     path = Path(folder) / RECORD_NAME
     value = read_json(path)
@@ -80,18 +103,24 @@ def read_record(
     if found != SCHEMA_VERSION:
         raise XtransferError(f"{path} has the record schema {found}, this version reads {SCHEMA_VERSION}; run it again, or read it with the version that wrote it.")
     try:
-        return Record(**({key: part for key, part in value.items() if key != "checksum"} | {"scores": [Score(**score) for score in value["scores"]]}))
+        record = _checked(Record(**({key: part for key, part in value.items() if key != "checksum"} | {"scores": [_checked(Score(**score)) for score in value["scores"]]})))
     except (TypeError, KeyError) as error:
         raise XtransferError(f"{path} is damaged: {error}; delete its folder and run it again.") from error
+    if run is not None and record.digest != run.rpartition("-")[2]:
+        raise XtransferError(f"{path} holds the record of run {record.run}, not that of {run}; put it back to its place, or delete the folder and run it again.")
+    return record
 
-# %% ../nbs/10_records.ipynb #56a056bc
+# %% ../nbs/10_records.ipynb #843c7ef2
 LOG_NAME, CHECKPOINT_NAME = "log.jsonl", "checkpoint"
 
 def _unreadable(path: Path) -> str | None:
     """What is wrong with a notebook or a table, from its look."""
     try:
         if path.suffix == ".ipynb":
-            return None if read_json(path)["cells"] else f"{path.name} has no cells"
+            cells = read_json(path)["cells"]
+            if not isinstance(cells, list) or not all(isinstance(cell, dict) and "cell_type" in cell and "source" in cell for cell in cells):
+                return f"{path.name} cannot be read"
+            return None if cells else f"{path.name} has no cells"
         import pyarrow.parquet
 
         pyarrow.parquet.read_metadata(path)
@@ -101,15 +130,19 @@ def _unreadable(path: Path) -> str | None:
         return f"{path.name} is missing" if not path.exists() else f"{path.name} cannot be read"
     return None
 
+def _sealed_as(run: str) -> str:
+    """What `place_of` said of a run's checkpoint."""
+    return f"{Path(run).name}/{CHECKPOINT_NAME}"
+
 def damage(
     folder: str | Path,  # of a finished run
     record: Record,
 ) -> str | None:  # a part of a sentence; None: nothing
-    """What of a finished run is not as it was written; of a checkpoint only whether its files are there."""
+    """What of a finished run is not as it was written; of a checkpoint only whether its files are there and the run's."""
     folder = Path(folder)
     looks = [path for path in (folder / NOTEBOOK_NAME, folder / PREDICTIONS_NAME) if path.name not in record.files and (path.exists() or record.files and path.name == NOTEBOOK_NAME)]
     found = differing(record.files, folder) or next(filter(None, map(_unreadable, looks)), None)
-    lost = unsealed(folder / CHECKPOINT_NAME, content=False)
+    lost = unsealed(folder / CHECKPOINT_NAME, content=False, of=_sealed_as(record.run))
     return found or (lost and f"{CHECKPOINT_NAME}/{lost}")
 
 def check_records(
@@ -143,12 +176,13 @@ def read_predictions(
 
 def check_checkpoint(
     folder: str | Path,  # a run's checkpoint
+    run: str | None = None,  # Run.id whose it has to be; None: anybody's
 ) -> None:
     """Compare a checkpoint with its fingerprints before something starts from it.
 
-    Raises: XtransferError when it is not what was written.
+    Raises: XtransferError when it is not what was written, or another run's.
     """
-    if found := unsealed(folder):
+    if found := unsealed(folder, of=_sealed_as(run) if run else ""):
         raise XtransferError(f"the checkpoint {folder} is damaged: {found}; delete that folder and give the same command again, which makes the weights anew.")
 
 # %% ../nbs/10_records.ipynb #b70ea376
@@ -185,14 +219,14 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", "packages": versions, "processor": _processor(), "cpus": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1), "git_commit": _git_commit()}
 
-# %% ../nbs/10_records.ipynb #0c395a4f
+# %% ../nbs/10_records.ipynb #1b31bf21
 def run_folder(outputs: str | Path, run: Run) -> Path:
     """Where a run's record is or will be.
 
     Raises: XtransferError when a link leads out of the folder of records: records may come from anybody, and what is written stays below that folder.
     """
     folder = Path(outputs) / run.id
-    for place in (folder, folder.with_name(f".work-{folder.name}")):
+    for place in (folder, folder.with_name(WORKING + folder.name)):
         if (place.is_symlink() or place.parent.is_symlink()) and not place.resolve().is_relative_to(Path(outputs).resolve()):
             raise XtransferError(f"{place} is a link that leads to {place.resolve()}, out of {outputs}; remove the link, or make the whole of {outputs} one if the records should lie elsewhere.")
     return folder
@@ -203,13 +237,13 @@ def study_records(
 ) -> tuple[dict[str, Record], list[Run]]:  # records by Run.id, and the runs of the plan that have none
     """The records of a study's plan, and what is missing.
 
-    Raises: XtransferError when a record is damaged or from another schema.
+    Raises: XtransferError when a record is damaged, another run's or from another schema.
     """
     found, missing = {}, []
     for run in study.plan():
         folder = run_folder(outputs, run)
         if (folder / RECORD_NAME).exists():
-            found[run.id] = read_record(folder)
+            found[run.id] = read_record(folder, run.id)
         else:
             missing.append(run)
     return found, missing
@@ -259,7 +293,7 @@ def gradient_cosines(
                              "task": pair["tasks"][0], "other": pair["tasks"][1], "mean": pair["mean"], "conflicts": pair["conflicts"], "updates": pair["updates"]})
     return pd.DataFrame(rows, columns=list(COSINES)).drop_duplicates(ignore_index=True)
 
-# %% ../nbs/10_records.ipynb #f5ee0d07
+# %% ../nbs/10_records.ipynb #cf6a64b1
 PROBE_COLUMNS = ("arm", "seed", "task", "language", "split", "metric", "value", "n")
 
 def _probed(study: Study, outputs: str | Path) -> list[tuple[Any, Path]]:
@@ -282,7 +316,7 @@ def load_probes(
 
     Raises: XtransferError when no probe has finished, or a record is damaged.
     """
-    rows = [plain(score) | {"arm": cell.arm, "seed": cell.seed} for cell, folder in _probed(study, outputs) for score in read_record(folder).scores]
+    rows = [plain(score) | {"arm": cell.arm, "seed": cell.seed} for cell, folder in _probed(study, outputs) for score in read_record(folder, cell.run.id).scores]
     return pd.DataFrame(rows, columns=list(PROBE_COLUMNS))
 
 def task_embeddings(
@@ -307,7 +341,7 @@ def task_embeddings(
     for cell, folder in probed:
         if cell.arm == chosen and (folder / EMBEDDINGS_NAME).exists():
             try:
-                if differing({name: known for name, known in read_record(folder).files.items() if name == EMBEDDINGS_NAME}, folder):
+                if differing({name: known for name, known in read_record(folder, cell.run.id).files.items() if name == EMBEDDINGS_NAME}, folder):
                     raise SafetensorError("it is not what was written")
                 stored = load_file(folder / EMBEDDINGS_NAME)
             except (OSError, SafetensorError) as error:

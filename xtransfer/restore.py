@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recorded_run', 'restore', 'main']
 
-# %% ../nbs/21b_restore.ipynb #acdc9273
+# %% ../nbs/21b_restore.ipynb #1aa8aa39
 import os
 import shutil
 import sys
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import xtransfer.catalogue  # noqa: F401  fills the registries
 from .core import XtransferError
-from .records import CHECKPOINT_NAME, Record, read_record, run_folder
+from .publishing import disk_trouble
+from .records import CHECKPOINT_NAME, Record, check_checkpoint, read_record, run_folder
 from .rerun import comparison
 from .runs import execute, has_checkpoint
 from .studies import Run, lineage, load_declarations
 
-# %% ../nbs/21b_restore.ipynb #aff64074
+# %% ../nbs/21b_restore.ipynb #86083ad3
 def recorded_run(
     folder: str | Path,  # a finished run's folder
 ) -> tuple[Run, Path, list[Record]]:  # the run, the folder of records, and the records of its lineage, the first stage first
@@ -35,7 +36,7 @@ def recorded_run(
     if folder != outputs / records[0].run:
         raise XtransferError(f"{folder} holds the record of {records[0].run}, which belongs into a folder of that name; move it back first.")
     while records[0].parent:
-        records.insert(0, read_record(outputs / records[0].parent))
+        records.insert(0, read_record(outputs / records[0].parent, records[0].parent))
     for record in records:
         load_declarations(record.parameters["declarations"])
     run = Run(backbone=records[-1].parameters["backbone"], stages=tuple(stage_of(record.parameters) for record in records))
@@ -44,17 +45,20 @@ def recorded_run(
             raise XtransferError(f"run {record.run} would be {made.id} as things are declared now, so that its weights cannot be made again; it was made by xtransfer {record.environment['packages']['xtransfer']}, commit {record.environment['git_commit']}.")
     return run, outputs, records
 
-# %% ../nbs/21b_restore.ipynb #852edb17
+# %% ../nbs/21b_restore.ipynb #6ad9a094
 def restore(
     folder: str | Path,  # a finished run's folder
 ) -> str:  # a line for each run that was executed again, on how it compares with its record; "" when the weights were there
     """Make the weights of a finished run again, and those of its ancestors that it needs.
 
-    Raises: XtransferError when the record is missing or damaged, something is declared otherwise now, or a run fails.
+    Raises: XtransferError when the record is missing or damaged, something is declared otherwise now, a run fails, or the disk is full.
     """
     run, outputs, records = recorded_run(folder)
-    if has_checkpoint(run, outputs):
-        return ""
+    with disk_trouble(run, outputs):
+        return "" if has_checkpoint(run, outputs) else _made_again(run, outputs, records)
+
+def _made_again(run: Run, outputs: Path, records: Sequence[Record]) -> str:
+    """Execute what is needed, and move the weights to their runs; as of `restore`."""
     chain, said, made_again = list(zip(lineage(run), records)), "", []
     first = max((k + 1 for k, (made, _) in enumerate(chain) if has_checkpoint(made, outputs)), default=0)  # nothing before the nearest weights is needed
     aside = outputs / ".locks" / f"restore-{run.digest}"
@@ -64,8 +68,10 @@ def restore(
             again = execute(made, aside, record.parameters["threads"], True, record.parameters["declarations"], processes=record.parameters.get("processes", 1), sharding=record.parameters.get("sharding", ""))
             said += f"\n{record.run}: {comparison(record, again.scores, again.training, again.data, again.environment)}"
             made_again.append((place, final))
-        elif not has_checkpoint(made, aside):
-            shutil.copytree(final, place, copy_function=_link, dirs_exist_ok=True)
+        else:
+            check_checkpoint(final / CHECKPOINT_NAME, made.id)
+            shutil.rmtree(place, ignore_errors=True)  # half of it, after a kill or on a full disk
+            shutil.copytree(final, place, copy_function=_link)
     for place, final in made_again:
         shutil.rmtree(final / CHECKPOINT_NAME, ignore_errors=True)  # a half of one
         os.replace(place / CHECKPOINT_NAME, final / CHECKPOINT_NAME)

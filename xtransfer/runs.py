@@ -7,18 +7,18 @@ __all__ = ['TYPES', 'template_path', 'check_parameters', 'run_parameters', 'exec
            'gpu_count', 'gpus_of_worker', 'worker_count', 'check_finished', 'check_writable', 'threads_of_run',
            'estimate_study', 'Outcome', 'run_study']
 
-# %% ../nbs/21_runs.ipynb #b627b30d
+# %% ../nbs/21_runs.ipynb #37738ef3
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .core import XtransferError, nearest, package_folder, plain
+from .core import Interrupted, XtransferError, nearest, package_folder, plain
 from .cost import Estimate, estimate, format_duration, this_machine
 from .progress import StudyLine, study_state
 from .publishing import Busy, clear_replaced, disk_trouble, finish, has_checkpoint, held, is_publishable, now, publish, replaced_by, run_status, work_folder  # noqa: F401  states and folders of runs are asked for here
@@ -78,7 +78,7 @@ def run_parameters(
             "recipe": plain(stage.recipe), "mixing": plain(stage.mixing), "seed": stage.seed, "train_limit": stage.train_limit or 0, "score_limit": stage.score_limit or 0,
             "threads": threads, "processes": processes if stage.train else 1, "sharding": sharding if stage.train else "", "keep_checkpoint": keep_checkpoint, "declarations": list(declarations), **({"measure": list(stage.measure)} if stage.measure else {})}
 
-# %% ../nbs/21_runs.ipynb #bffe9f7f
+# %% ../nbs/21_runs.ipynb #6d23fc7c
 _stopping = threading.Event()  # set while the user's interrupt ends the notebooks
 
 def _literal(path: Path) -> str:
@@ -88,7 +88,7 @@ def _literal(path: Path) -> str:
 def _run_notebook(run: Run, work: Path, parameters: Mapping[str, Any], extra: Mapping[str, str]) -> None:
     """Execute the template in the work folder.
 
-    Raises: XtransferError with the reason when a cell fails or the kernel dies.
+    Raises: XtransferError with the reason when a cell refuses something; Interrupted when it fails otherwise or the kernel dies.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -105,15 +105,17 @@ def _run_notebook(run: Run, work: Path, parameters: Mapping[str, Any], extra: Ma
         papermill.execute_notebook(_literal(template_path(run.template)), _literal(notebook), parameters=dict(parameters), engine_name=ENGINE, kernel_name="python3", progress_bar=False,
                                    folder=str(work), environment=around)
     except PapermillExecutionError as error:
-        if error.ename == "XtransferError":
+        if error.ename == XtransferError.__name__:
             raise XtransferError(f"run {run.id}: {error.evalue}") from error
-        raise XtransferError(f"run {run.id} failed in cell {error.cell_index} with {error.ename}: {error.evalue}; the notebook with the traceback is {notebook}.") from error
+        if error.ename == Interrupted.__name__:
+            raise Interrupted(f"run {run.id}: {error.evalue}") from error
+        raise Interrupted(f"run {run.id} failed in cell {error.cell_index} with {error.ename}: {error.evalue}; the notebook with the traceback is {notebook}.") from error
     except (DeadKernelError, RuntimeError) as error:
-        raise XtransferError(f"run {run.id} lost its kernel ({str(error) or type(error).__name__}); it goes on where it stopped when the same command is given again. Its last words, if any, are in {work / 'kernel.log'}.") from error
+        raise Interrupted(f"run {run.id} lost its kernel ({str(error) or type(error).__name__}); it goes on where it stopped when the same command is given again. Its last words, if any, are in {work / 'kernel.log'}.") from error
     except OSError as error:
-        raise XtransferError(f"run {run.id} cannot write its notebook {notebook}: {error.strerror or error}.") from error
+        raise Interrupted(f"run {run.id} cannot write its notebook {notebook}: {error.strerror or error}.") from error
 
-# %% ../nbs/21_runs.ipynb #c1150ac6
+# %% ../nbs/21_runs.ipynb #656b6ba8
 def execute(
     run: Run,
     outputs: str | Path,  # folder of records
@@ -135,11 +137,11 @@ def execute(
             publish(run, outputs)
         if (final / RECORD_NAME).exists() and (has_checkpoint(run, outputs) or not keep_checkpoint):
             shutil.rmtree(replaced_by(final), ignore_errors=True)
-            return read_record(final)
+            return read_record(final, run.id)
         if run.parent and not has_checkpoint(run.parent, outputs):
             raise XtransferError(f"run {run.id} starts from {run.parent.id}, whose checkpoint is not there; execute that run first.")
         if run.parent:
-            check_checkpoint(run_folder(outputs, run.parent) / CHECKPOINT_NAME)
+            check_checkpoint(run_folder(outputs, run.parent) / CHECKPOINT_NAME, run.parent.id)
         parameters = run_parameters(run, threads, keep_checkpoint, [str(Path(p).resolve()) for p in declarations], processes, sharding)
         check_parameters(run.template, parameters)
         started = now()
@@ -158,7 +160,7 @@ def execute(
             for sentence in taken_notes(work):
                 report(f"run {run.id}: {sentence}")
         publish(run, outputs)
-    return read_record(final)
+    return read_record(final, run.id)
 
 def _note_failure(work: Path, message: str) -> None:
     """Leave the reason beside the half-finished run, when the disk still takes it."""
@@ -288,7 +290,7 @@ def estimate_study(
     machine = this_machine(threads, workers, gpus, measuring) if work else None
     return estimate(study, [w.run for w in work], outputs, machine, threads, workers, gpus, processes) if machine else None
 
-# %% ../nbs/21_runs.ipynb #a084b34c
+# %% ../nbs/21_runs.ipynb #d378945c
 @dataclass(kw_only=True)
 class Outcome:
     """What became of a study's runs."""
@@ -310,18 +312,24 @@ def _left(waiting: Sequence[Work], foreseen: Mapping[Run, float], spent: Sequenc
     """How long some runs will take, in words; "" before anything has ended, and when there are none."""
     return format_duration(sum(_expected(item.run, foreseen, spent) for item in waiting) / workers) if spent and waiting else ""
 
-def _stop(line: StudyLine) -> None:
+def _stop(line: StudyLine, running: Collection[Future]) -> None:
     """End the notebooks; their states are on disk."""
     from xtransfer.warm import kill_kernels
 
     _stopping.set()
-    kill_kernels()
+    ended = False
+    while not ended:
+        try:
+            kill_kernels()  # again and again, because one may only be starting
+            ended = not wait(running, timeout=0.2).not_done
+        except KeyboardInterrupt:  # the user's second one: it is being done
+            continue
     line.clear("stopped; nothing is lost: the same again goes on from here")
 
 def _descends(run: Run, ancestor: Run) -> bool:
     return run.backbone == ancestor.backbone and len(run.stages) > len(ancestor.stages) and run.stages[:len(ancestor.stages)] == ancestor.stages
 
-# %% ../nbs/21_runs.ipynb #22ed7db8
+# %% ../nbs/21_runs.ipynb #75c9cb3d
 def run_study(
     study: Study,
     outputs: str | Path,
@@ -380,7 +388,7 @@ def run_study(
                 spent.append((item.run.template, foreseen.get(item.run) or 1.0, time.monotonic() - since))
                 line.tell(f"[{outcome.ended:>{len(str(total))}}/{total}] {time.monotonic() - since:6.1f} s  {'failed  ' if error else ''}{item.run.id}" + (f"  (about {left} left)" if (left := _left([*waiting, *(r[0] for r in running.values())], foreseen, spent, workers)) else ""))
     except BaseException:
-        _stop(line)
+        _stop(line, running)
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -139,13 +139,14 @@ class Table:
         """The table as it is shown, for a paper that loads booktabs (and longtable, where it is long)."""
         return latex_table(self, label or self.name)
 
-# %% ../nbs/13c_sections.ipynb #5c65fc42
+# %% ../nbs/13c_sections.ipynb #fd482a60
 def csv_cell(value: Any) -> Any:
     """A cell of a table in CSV: spreadsheets take a text that begins like a formula for one, so an apostrophe is put before it, as they write it themselves."""
     if not isinstance(value, str):
         return value
     text = plainly(value)
-    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) and not _NUMERAL.fullmatch(text) else text
+    first = next((c for c in text if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf", "Mn")), "")  # what is seen first, for a sign of full width is a sign
+    return f"'{text}" if unicodedata.normalize("NFKC", first) in ("=", "+", "-", "@") and not _NUMERAL.fullmatch(text) else text
 
 _NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 

@@ -52,11 +52,11 @@ def small_tokenizer() -> "PreTrainedTokenizerFast":
     """
     return trained_tokenizer(row["text"] for task in (BIBLE, WIKIANN_TEXT, UDPOS_TEXT) for language in task.languages for row in load_examples(task, language, "train", TEXTS_OF_LANGUAGE).rows)
 
-# %% ../nbs/08c_small_backbone.ipynb #a77b2253
+# %% ../nbs/08c_small_backbone.ipynb #2aa96b47
 _READ = {*BIBLE.languages, *WIKIANN_TEXT.languages}
 SMALL_XLMR = BACKBONES.register(Backbone(
     name="small-xlmr", architecture="encoder", layers=3, hidden_size=192, retrieval_layer=retrieval_layer(3), max_length=128, build_tokenizer=small_tokenizer, license="that of the text",
-    languages=tuple(code for code in LANGUAGE_SETS["xtreme_r"] if code in _READ), parallel_data=True, parameters=4.5, embedding_parameters=3.1,
+    languages=tuple(code for code in LANGUAGE_SETS["xtreme_r"] if code in _READ), parallel_data=True, parameters=4.4, embedding_parameters=3.1,
     config={"model_type": "xlm-roberta", "num_hidden_layers": 3, "hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 768, "max_position_embeddings": 130, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2},
     note="random weights; pretrained by the study's first stage on verses of the Bible in 24 languages and on sentences of WikiANN and Universal Dependencies", source="declared here"))

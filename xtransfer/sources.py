@@ -51,7 +51,7 @@ class Source:
 
 Row = Mapping[str, Any]
 
-# %% ../nbs/02a_sources.ipynb #a040a557
+# %% ../nbs/02a_sources.ipynb #fa31d2f0
 DATA_VARIABLE = "XTRANSFER_DATA"
 
 def data_folder() -> Path:
@@ -75,7 +75,7 @@ def _content_digest(folder: Path, signature: tuple[tuple[str, int, int], ...]) -
     """A fingerprint of the files that a signature lists."""
     whole = hashlib.sha256()
     for name, size, _ in signature:
-        whole.update(f"{name}\0{size}\0".encode())
+        whole.update(os.fsencode(f"{name}\0{size}\0"))  # a name need not be UTF-8
         with open(folder / name, "rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()[:12]
@@ -97,11 +97,11 @@ PINS_NAME = "pins.json"
 @lru_cache(maxsize=8)
 def _read_pins(path: Path, changed: int) -> Mapping[str, str]:
     found = read_json(path)
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(v, str) and COMMIT.fullmatch(v) for v in found.values()):
         raise XtransferError(f"{path} is damaged: it should map hub ids to commits; delete it and run `xtransfer fetch` again.")
     return found
 
-# %% ../nbs/02a_sources.ipynb #a66b787b
+# %% ../nbs/02a_sources.ipynb #ce328e54
 COMMITS_VARIABLE = "XTRANSFER_COMMITS"  # of runs: the commits that the study looked up when it began, as JSON from "repo@revision"
 
 def hub_commit(
@@ -156,7 +156,14 @@ def asked_commit(source: Source) -> str:
 
     Raises: XtransferError when nobody knows it.
     """
-    return pins().get(source.repo) or _hub_commit(source.repo, source.revision)
+    try:
+        return pins().get(source.repo) or _hub_commit(source.repo, source.revision)
+    except XtransferError as error:
+        raise (_to_be_put(source, error.__cause__ or error) if source.obtain else error)
+
+def _to_be_put(source: Source, error: BaseException) -> XtransferError:
+    """What to say of a source that no public hub serves, so that no network would help."""
+    return XtransferError(f"the data set {source.repo} is not in the data folder {data_folder()}, and the hub does not give it: {hub_said(error).partition(';')[0]}; {source.obtain}.")
 
 def model_commit(
     repo: str,  # hub id of a model or a tokenizer
@@ -176,7 +183,7 @@ def model_pin(repo: str, revision: str) -> str:
     """The name of a model's revision among the pins."""
     return f"models/{repo}@{revision}"
 
-# %% ../nbs/02a_sources.ipynb #44666886
+# %% ../nbs/02a_sources.ipynb #3eeae10c
 def hub_rows(
     source: Source,
     config: str | None,  # configuration name; None for the default one
@@ -199,6 +206,8 @@ def hub_rows(
     except XtransferError:
         raise
     except Exception as error:  # the client raises a dozen kinds; all mean the same to the user
+        if source.obtain and not folder:
+            raise _to_be_put(source, error) from error
         obtain = f"; {source.obtain}" if source.obtain else ""
         raise XtransferError(f"the data set {source.repo} (configuration {config}, split {split}, {where}) cannot be loaded: {first_lines(error) if folder else hub_said(error)}{obtain}.") from error
     return _with_label_names(data)
@@ -373,7 +382,7 @@ def hub_loader(
         return found if keep is None else [row for row in found if keep(row, language)]
     return Loader((source,), tuple(splits), rows)
 
-# %% ../nbs/02a_sources.ipynb #07d655e3
+# %% ../nbs/02a_sources.ipynb #02130735
 def file_loader(
     source: Source,  # its repo begins with "files/"
     splits: Sequence[str],
@@ -408,12 +417,14 @@ def existing_file(folder: Path, names: Sequence[str], source: Source) -> Path:
 def text_lines(path: Path) -> list[str]:
     """The lines of a text file in UTF-8, cut at line feeds only: some texts contain the other line ends of Unicode.
 
-    Raises: XtransferError when it is not text in UTF-8.
+    Raises: XtransferError when it cannot be read, or is not text in UTF-8.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise XtransferError(f"{path} is not text in UTF-8: {error}.") from error
+    except OSError as error:
+        raise XtransferError(f"{path} cannot be read: {error.strerror or error}.") from error
     return lines[:-1] if not lines[-1] else lines
 
 def json_lines(path: Path) -> list[Row]:
@@ -425,8 +436,8 @@ def json_lines(path: Path) -> list[Row]:
     for number, line in enumerate(text_lines(path), 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise XtransferError(f"line {number} of {path} is not JSON: {error.msg}.") from error
+        except (ValueError, RecursionError) as error:  # also of a number of thousands of digits, or brackets in brackets without end
+            raise XtransferError(f"line {number} of {path} is not JSON: {getattr(error, 'msg', error)}.") from error
         if not isinstance(rows[-1], dict):
             raise XtransferError(f"line {number} of {path} is {line[:40]!r}; it should be an object with named columns.")
     return rows

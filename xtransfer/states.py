@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Progress', 'trained_tensors', 'load_trained', 'save_state', 'sound_state', 'load_state']
 
-# %% ../nbs/16j_states.ipynb #1da763de
+# %% ../nbs/16j_states.ipynb #31d09931
 import math
 import os
 import shutil
@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .core import XtransferError, read_json, write_json
+from .core import Interrupted, XtransferError, read_json, write_json
 from .progress import read_log
 from .ranks import shard_like, whole_tensors
-from .seals import CHECKSUMS_NAME, flush, seal, take_note, unsealed
+from .seals import CHECKSUMS_NAME, flush, place_of, seal, take_note, unsealed
 from .vocabulary import ROWS_NAME
 
 # %% ../nbs/16j_states.ipynb #d7e03852
@@ -58,7 +58,7 @@ def load_trained(
     mine = model.state_dict()
     model.load_state_dict({k: shard_like(v, mine[k]) for k, v in stored.items()}, strict=False)
 
-# %% ../nbs/16j_states.ipynb #bf2fa0f7
+# %% ../nbs/16j_states.ipynb #220f7600
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, kept: bool = True) -> dict[str, torch.Tensor]:
     """Trained weights, moments and generators under flat names."""
     found = {f"model.{k}": v for k, v in trained_tensors(model).items()}
@@ -81,7 +81,7 @@ def save_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
         save_file(tensors, part / "tensors.safetensors")
         write_json(part / "progress.json", progress)
         averaged = [path for path in folder.glob("average-*") if path.name <= f"average-{progress.step:08d}.safetensors"]  # a later one is a killed process's
-        seal(part, [path for path in (folder / best, folder / ROWS_NAME, *averaged) if path.exists()])
+        seal(part, [path for path in (folder / best, folder / ROWS_NAME, *averaged) if path.exists()], place_of(folder))
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         flush([folder])
@@ -89,24 +89,24 @@ def save_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
         shutil.rmtree(part, ignore_errors=True)  # the next attempt needs its room
         if isinstance(error, XtransferError):
             raise
-        raise XtransferError(f"cannot write the training state {final}: {getattr(error, 'strerror', None) or error}; the last complete state is untouched.") from error
+        raise Interrupted(f"cannot write the training state {final}: {getattr(error, 'strerror', None) or error}; the last complete state is untouched.") from error
     for old in folder.iterdir():
         if old.name.startswith(("state-", "part-")) and old != final:
             shutil.rmtree(old, ignore_errors=True)
         elif old.name.startswith("best-") and old.name != best:
             old.unlink(missing_ok=True)
 
-# %% ../nbs/16j_states.ipynb #bb97f8c7
+# %% ../nbs/16j_states.ipynb #fbc659d8
 def sound_state(
     folder: Path,  # of a training
 ) -> Path | None:
-    """The newest state, when it and the weights that it names are what was written; a damaged one is removed with a note, since training anew comes to the same. Of several ranks only the one that writes may ask."""
+    """The newest state, when it and the weights that it names are what was written here; one that is damaged or another run's is removed with a note, since training anew comes to the same. Of several ranks only the one that writes may ask."""
     for part in folder.glob("part-*"):  # of a process that was killed
         shutil.rmtree(part, ignore_errors=True)
     states = sorted(folder.glob("state-*"))
     if not states:
         return None
-    reason = next((f"{name} is missing" for name in ("tensors.safetensors", "progress.json") if not (states[-1] / name).is_file()), None) or unsealed(states[-1])
+    reason = next((f"{name} is missing" for name in ("tensors.safetensors", "progress.json") if not (states[-1] / name).is_file()), None) or unsealed(states[-1], of=place_of(folder))
     if reason is None and not (states[-1] / CHECKSUMS_NAME).exists():  # a state of an earlier version: it can be read, or not
         try:
             read_json(states[-1] / "progress.json"), load_file(states[-1] / "tensors.safetensors")

@@ -7,7 +7,7 @@ __all__ = ['RESULTS_NAME', 'TRAINING_NAME', 'PLAN_NAME', 'stage_of', 'deciding_t
            'scored_languages', 'score', 'measure', 'picture', 'loss_figure', 'language_figure', 'similarity_figure',
            'peak_memory', 'close']
 
-# %% ../nbs/19_steps.ipynb #0e3fa0f4
+# %% ../nbs/19_steps.ipynb #78b4d24a
 import io
 import resource
 import shlex
@@ -35,7 +35,7 @@ from .attention import attention_way
 from .averaging import fit_runs
 from .backbones import BACKBONES, hub_origin, unsuitable
 from .checks import notes_folder, require_checks
-from .core import XtransferError, derive_seed, plain, write_bytes, write_json
+from .core import Interrupted, XtransferError, derive_seed, plain, write_bytes, write_json
 from .evaluation import Prediction, make_evaluator, score_mining, score_retrieval, sentence_vectors
 from .languages import LANGUAGES
 from .modeling import StageModel, load_encoder, load_heads, load_pretrained_head, load_tokenizer, save_checkpoint
@@ -47,7 +47,7 @@ from .prompting import encode_prompted
 from .ranks import Ranks
 from .records import CHECKPOINT_NAME, EMBEDDINGS_NAME, LOG_NAME, PREDICTIONS_NAME, Score
 from .rerun import comparison, rerun_beside, use_data_beside_records
-from .seals import seal
+from .seals import place_of, seal
 from .sources import resolved_revision
 from .store import COUNTED, encode_examples, stored_examples
 from .studies import Recipe, Stage, load_declarations, read_stage
@@ -56,7 +56,7 @@ from .text import mix_languages
 from .training import Fitted, Sampler
 from .vectors import taken
 
-# %% ../nbs/19_steps.ipynb #1b5499f2
+# %% ../nbs/19_steps.ipynb #b7057316
 RESULTS_NAME, TRAINING_NAME, PLAN_NAME = "results.json", "training", "plan.json"
 
 def stage_of(parameters: Mapping[str, Any]) -> Stage:
@@ -83,11 +83,11 @@ def _together(stage: Stage) -> dict[str, str]:
 
 def _held(path: Path) -> FileLock:
     """A lock that this process holds as long as it lives."""
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=20)
     except Timeout:
-        raise XtransferError(f"another process is writing to {path.parent.resolve()}; wait until it has ended.") from None
+        raise Interrupted(f"another process is writing to {path.parent.resolve()}; wait until it has ended.") from None
     return lock
 
 def _checkpoint(folder: Path) -> Path:
@@ -345,7 +345,7 @@ def similarity_figure(step: Step, kind: str) -> Image:
     """The cosines of the measured tasks' embeddings; `kind` is "text" or "task"."""
     return picture(plot_similarities({key.removesuffix(f"/{kind}"): vector for key, vector in step.embeddings.items() if key.endswith(f"/{kind}")}))
 
-# %% ../nbs/19_steps.ipynb #7a06835a
+# %% ../nbs/19_steps.ipynb #e2a05d8b
 def peak_memory() -> float:
     """The most memory that this process has held, MB: of its GPU, or all of it where there is none."""
     if torch.cuda.is_available():
@@ -362,7 +362,7 @@ def close(
             step.fitted.load(step.model, step.stage.recipe.selection)
             merge_adapters(step.model)
         save_checkpoint(step.model, step.tokenizer, step.folder / CHECKPOINT_NAME)
-        seal(step.folder / CHECKPOINT_NAME)
+        seal(step.folder / CHECKPOINT_NAME, of=place_of(step.folder / CHECKPOINT_NAME))
     if step.predictions:
         content = io.BytesIO()
         pd.DataFrame(step.predictions).to_parquet(content, index=False, compression="zstd")
@@ -371,7 +371,7 @@ def close(
         try:
             save_file(step.embeddings, step.folder / EMBEDDINGS_NAME)
         except (OSError, SafetensorError) as error:
-            raise XtransferError(f"cannot write the embeddings to {step.folder.resolve()}: {error}.") from error
+            raise Interrupted(f"cannot write the embeddings to {step.folder.resolve()}: {error}.") from error
     training = step.fitted.facts if step.fitted else {}
     step.seconds["total"] = sum(step.seconds.values())
     results = {"data": list(step.facts.values()), "training": training | ways(step.model, step.stage.recipe) | {"truncated": step.truncated} | ({"self_check": [check.name for check in step.checks]} if step.checks else {}) | ({"measured": step.measured} if step.measured else {}) | ({"weights_from": step.origin} if step.origin else {}), "seconds": {k: round(v, 3) for k, v in step.seconds.items()},

@@ -7,9 +7,10 @@ __all__ = ['ALGORITHM_VERSION', 'Template', 'TEMPLATES', 'PROFILES', 'STUDIES', 
            'Cell', 'Contrast', 'Inapplicable', 'lineage', 'limited', 'Study', 'not_applicable', 'StudyDeclaration',
            'intermediate_cells', 'with_seeds', 'load_declarations']
 
-# %% ../nbs/09_studies.ipynb #518a860a
+# %% ../nbs/09_studies.ipynb #02ddf121
+import re
 import runpy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -168,7 +169,7 @@ def read_stage(
         return {name: tuple(value) if isinstance(value, list) else value for name, value in part.items()}
     return Stage(**tuples(values) | {"recipe": Recipe(**tuples(values["recipe"])), "mixing": Mixing(**values["mixing"])})
 
-# %% ../nbs/09_studies.ipynb #1a5d34b5
+# %% ../nbs/09_studies.ipynb #f92b12b9
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run's place in a study."""
@@ -206,13 +207,29 @@ def _pretrains(cell: Cell) -> bool:
     """Whether a cell begins with the pretraining of random weights."""
     return len(cell.run.stages) > 1 and replace(cell.run, stages=cell.run.stages[:1]).template == "pretrain"
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a declaration's values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        for part in value.items() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+
+def _check_texts(study: str, said: Any) -> None:
+    """Refuse half a character, which no file can hold, before anything runs.
+
+    Raises: XtransferError.
+    """
+    if half := next((text for text in _texts(said) if re.search("[\ud800-\udfff]", text)), None):
+        raise XtransferError(f"study {study} holds half a character in {ascii(half)[:120]}; it is no text, so write the whole character or leave it out.")
+
 def _obstacle(cell: Cell) -> str | None:
     """Why a cell's backbone cannot do its target, or something that comes before it."""
     run = cell.run
     asked = [(cell.target, run.stage), *((task, stage) for stage in reversed(run.stages) for task in (*stage.score, *stage.train))]
     return next((reason for task, stage in asked if (reason := unsuitable(BACKBONES[run.backbone], TASKS[task], stage.recipe.max_length))), None)
 
-# %% ../nbs/09_studies.ipynb #2611710e
+# %% ../nbs/09_studies.ipynb #33f7c6f7
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """A question, the runs that answer it, and the comparisons that will be made."""
@@ -233,9 +250,10 @@ class Study:
     def __post_init__(self) -> None:
         """Set aside what the backbone cannot do.
 
-        Raises: XtransferError when nothing is left, or for a name that cannot be that of a file.
+        Raises: XtransferError when nothing is left, for a name that cannot be that of a file, or for half a character, which no report can hold.
         """
         check_name("study", self.name), check_name("profile", self.profile)
+        _check_texts(self.name, (self.question, self.note, self.factors, self.baselines, [cell.arm for cell in self.cells], [(c.treatment, c.baseline) for c in self.contrasts]))
         found = [(cell, _obstacle(cell)) for cell in self.cells]
         lost = tuple(Inapplicable(cell=cell, reason=reason) for cell, reason in found if reason)
         if lost and len(lost) == len(found):

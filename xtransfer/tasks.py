@@ -8,18 +8,19 @@ __all__ = ['Format', 'FORMATS', 'COLUMNS', 'SPLITS', 'UNTRAINED_FORMATS', 'PRETR
            'choice_columns', 'sentence_pair', 'plain_text', 'mining_side', 'nearest_occurrence', 'Examples',
            'is_unlabelled', 'load_examples']
 
-# %% ../nbs/03_tasks.ipynb #18ded485
+# %% ../nbs/03_tasks.ipynb #59973d13
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from .core import Registry, XtransferError, check_name, digest, nearest
+from .core import MOST_NAMES, Registry, XtransferError, check_name, digest, nearest
 from .sources import Row, Source, local_copy
 
-# %% ../nbs/03_tasks.ipynb #1bb12d30
+# %% ../nbs/03_tasks.ipynb #9f48bf75
 Format = Literal["sequence_classification", "multiple_choice", "token_classification", "span_extraction",
                  "masked_lm", "retrieval", "bitext_mining", "ranked_retrieval", "prompted", "image_text"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -37,10 +38,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 SPLITS = ("train", "dev", "test")
 UNTRAINED_FORMATS = ("retrieval", "bitext_mining")
-PRETRAINING_FORMATS = ("masked_lm", "image_text")  # nobody labelled them: a stage of these alone is pretraining
 PRETRAINING_FORMATS = ("masked_lm", "image_text")  # trained without labels: a backbone learns from them what its family learns from text or from captions
 
-# %% ../nbs/03_tasks.ipynb #b3b085c9
+# %% ../nbs/03_tasks.ipynb #efc0f451
 class FoundLabels(Sequence[str]):
     """Label names that the data themselves say, looked up when first needed."""
 
@@ -65,7 +65,7 @@ class FoundLabels(Sequence[str]):
         return self._names[place]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return isinstance(name, str) and name in self._places
 
     def index(self, name: str, *bounds: int) -> int:
         return self._names.index(name, *bounds) if bounds else self._places[name]
@@ -164,7 +164,7 @@ class TaskRegistry(Registry[Task]):
 
 TASKS = TaskRegistry("task")
 
-# %% ../nbs/03_tasks.ipynb #4c7b80b8
+# %% ../nbs/03_tasks.ipynb #32cd831f
 def text_pair(
     first: str,  # column of the first text
     second: str = "",  # column of the second text; "" for single texts
@@ -173,9 +173,18 @@ def text_pair(
     """Rows of one or two texts with a label: NLI, paraphrase, topic. A text that is None (QQP has a few) is empty."""
     return lambda row: {"id": str(row.get("id", row.get("idx", ""))), "text": row[first] or "", "text_pair": (row[second] or "") if second else "", "label": row[label]}
 
+def _items(value: Any) -> list[Any]:
+    """The items of a list of any kind, which a text or a mapping is not.
+
+    Raises: TypeError.
+    """
+    if isinstance(value, (str, bytes, Mapping)):
+        raise TypeError(f"{type(value).__name__} in place of a list")
+    return list(value)
+
 def tagging(tokens: str = "tokens", tags: str = "tags") -> Callable[[Row], dict[str, Any]]:
     """Rows of words with one tag each."""
-    return lambda row: {"id": str(row.get("id", "")), "tokens": list(row[tokens]), "tags": list(row[tags])}
+    return lambda row: {"id": str(row.get("id", "")), "tokens": _items(row[tokens]), "tags": _items(row[tags])}
 
 def squad_columns(row: Row) -> dict[str, Any]:
     """Rows in the layout of SQuAD: `answers` holds parallel lists of `text` and `answer_start`, as on the hub, or one object an answer, as in files. Some questions stand between spaces, which go."""
@@ -183,13 +192,13 @@ def squad_columns(row: Row) -> dict[str, Any]:
     if isinstance(answers, list):
         answers = {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}
     return {"id": str(row["id"]), "question": row["question"].strip(), "context": row["context"],
-            "answers": list(answers["text"]), "starts": list(answers["answer_start"])}
+            "answers": _items(answers["text"]), "starts": _items(answers["answer_start"])}
 
-# %% ../nbs/03_tasks.ipynb #6769fd42
+# %% ../nbs/03_tasks.ipynb #03c49f09
 def choices_nested(row: Row) -> dict[str, Any]:
     """Rows in the layout of CommonsenseQA: `choices` holds labels and texts, `answerKey` the right label."""
     labels = list(row["choices"]["label"])
-    return {"id": str(row["id"]), "text": row["question"], "choices": list(row["choices"]["text"]),
+    return {"id": str(row["id"]), "text": row["question"], "choices": _items(row["choices"]["text"]),
             "label": labels.index(row["answerKey"]) if row["answerKey"] in labels else row["answerKey"] or None}
 
 def choice_columns(
@@ -218,23 +227,70 @@ def mining_side(row: Row) -> dict[str, Any]:
     """Rows of one side of a comparable corpus."""
     return {"id": str(row["id"]), "side": row["side"], "text": row["text"], "match": str(row.get("match") or "")}
 
-# %% ../nbs/03_tasks.ipynb #feb34336
+# %% ../nbs/03_tasks.ipynb #0536b16b
+_TEXTS = frozenset(("id", "text", "question", "context", "query", "document", "side", "match", "prompt"))
+_LISTS = frozenset(("tokens", "choices", "answers", "relevant"))
+_NEEDED = {name: frozenset(columns) for name, columns in COLUMNS.items()}
+_HALF = re.compile("[\ud800-\udfff]")
+
+def _oddity(column: str, value: Any) -> str:
+    """What is wrong with the kind of a value, or an empty string."""
+    def whole(part: Any) -> bool:
+        return not _HALF.search(part) if isinstance(part, str) else not isinstance(part, (list, tuple)) or all(map(whole, part))
+    items = value if isinstance(value, (list, tuple)) else [None]
+    if (column in _TEXTS or column == "text_pair" and value is not None) and not isinstance(value, str):
+        return f"has {ascii(value)[:80]} in {column!r}, where a text belongs"
+    if column in _LISTS and not all(isinstance(item, str) for item in items):
+        return f"has {ascii(value)[:80]} in {column!r}, where a list of texts belongs"
+    if column == "starts" and not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        return f"has {ascii(value)[:80]} in {column!r}, where a list of whole numbers belongs"
+    return "" if whole(value) else f"holds half a character in {column!r}, {ascii(value)[:60]}; its file was cut or written wrongly"
+
+def _misshapen(task: Task, example: Mapping[str, Any]) -> str:
+    """What is wrong with an example's columns and the kinds of their values, or an empty string."""
+    if not example.keys() >= _NEEDED[task.format]:
+        return f"lacks the column {next(c for c in COLUMNS[task.format] if c not in example)!r}"
+    for column, value in example.items():
+        kind = type(value)
+        if kind is str and column not in _LISTS:
+            if value.isascii() or not _HALF.search(value):
+                continue
+        elif kind is list and column not in _TEXTS and column != "starts":
+            try:
+                joined = "".join(value)
+            except TypeError:  # something else among them
+                joined = "\ud800"
+            if joined.isascii() or not _HALF.search(joined):
+                continue
+        if task.format == "prompted" and column == "context":  # a text to a question, the tokens to tags
+            continue
+        if said := _oddity(column, value):
+            return said
+    return ""
+
+def _named(names: Iterable[Any]) -> str:
+    """Some names in a sentence: on one line, and not all of three thousand."""
+    some = [repr(str(name))[1:-1][:80] for name in islice(names, MOST_NAMES + 1)]
+    return ", ".join(some[:MOST_NAMES]) + (" and more" if len(some) > MOST_NAMES else "")
+
+# %% ../nbs/03_tasks.ipynb #03ee344f
 def _problem(task: Task, example: Mapping[str, Any]) -> str:
     """What is wrong with an example, or an empty string."""
-    missing = [c for c in COLUMNS[task.format] if c not in example]
-    if missing:
-        return f"lacks the column {missing[0]!r}"
+    if said := _misshapen(task, example):
+        return said
     match task.format:
         case "sequence_classification" if example["label"] not in task.labels:
-            return f"has the label {example['label']!r}; accepted: {', '.join(task.labels)}{nearest(example['label'], task.labels)}"
-        case "multiple_choice" if not isinstance(example["label"], int) or not 0 <= example["label"] < len(example["choices"]):
-            return f"has the answer {example['label']!r} but {len(example['choices'])} choices"
+            return f"has the label {ascii(example['label'])[:80]}; accepted: {_named(task.labels)}{nearest(example['label'], task.labels)}"
+        case "multiple_choice" if type(example["label"]) is not int or not 0 <= example["label"] < len(example["choices"]):
+            return f"has the answer {ascii(example['label'])[:80]} but {len(example['choices'])} choices"
+        case "multiple_choice" if len(example["choices"]) < 2:
+            return "has one choice, which is none"
         case "token_classification":
             if len(example["tokens"]) != len(example["tags"]):
                 return f"has {len(example['tokens'])} tokens but {len(example['tags'])} tags"
-            unknown = next((t for t in example["tags"] if t not in task.labels), None)
-            if unknown is not None:
-                return f"has the tag {unknown!r}; accepted: {', '.join(task.labels)}"
+            unknown = [t for t in example["tags"] if t not in task.labels]
+            if unknown:
+                return f"has the tag {ascii(unknown[0])[:80]}; accepted: {_named(task.labels)}"
             return "" if example["tokens"] else "has no tokens"
         case "span_extraction":
             if len(example["answers"]) != len(example["starts"]):
@@ -242,9 +298,9 @@ def _problem(task: Task, example: Mapping[str, Any]) -> str:
             if task.answers_required and not any(example["answers"]):
                 return "has no answer, and the task has no unanswerable questions"
         case "bitext_mining" if example["side"] not in ("source", "target"):
-            return f"is on the side {example['side']!r}; accepted: source, target"
+            return f"is on the side {ascii(example['side'])[:80]}; accepted: source, target"
         case "ranked_retrieval" if example["side"] not in ("query", "candidate"):
-            return f"is on the side {example['side']!r}; accepted: query, candidate"
+            return f"is on the side {ascii(example['side'])[:80]}; accepted: query, candidate"
         case "image_text" if str(getattr(example["image"], "dtype", "")) != "uint8" or example["image"].shape != (len(example["image"]), len(example["image"]), 3):
             return f"has an image that is {getattr(example['image'], 'dtype', type(example['image']).__name__)} {list(getattr(example['image'], 'shape', ()))}; accepted: uint8 [side, side, 3]"
         case "prompted" if not example["prompt"].strip():
@@ -315,13 +371,7 @@ class Examples:
         return {"task": self.task, "language": self.language, "split": self.split, "rows": len(self.rows), "available": self.available, "expected": self.expected, "capped": self.capped,
                 "repaired": self.repaired, "dropped": self.dropped, "unlabelled": self.unlabelled, "note": note, "fingerprint": self.fingerprint[:12]}
 
-# %% ../nbs/03_tasks.ipynb #8b9f607f
-def _half_characters(example: Mapping[str, Any]) -> str:
-    """What is wrong with an example that no file can hold: JSON can spell half of a character, which is no text."""
-    def whole(value: Any) -> bool:
-        return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value) if isinstance(value, str) else not isinstance(value, list) or all(map(whole, value))
-    return next((f"holds half a character in {column!r}, {ascii(value)[:60]}; its file was cut or written wrongly" for column, value in example.items() if not whole(value)), "")
-
+# %% ../nbs/03_tasks.ipynb #2c32ea8a
 def is_unlabelled(example: Mapping[str, Any]) -> bool:
     """Whether an example of a format with labels has none, in one of the ways in which data sets say so."""
     return any(column in example and example[column] in (None, "", -1, "-1", "-") for column in ("label", "reference"))
@@ -331,13 +381,19 @@ def _read(task: Task, row: Row, place: str) -> dict[str, Any]:
 
     Raises: XtransferError when the row lacks a column that `read` asks for, or holds something else there.
     """
+    if type(row) is not dict and not isinstance(row, Mapping):
+        raise XtransferError(f"{place} is {ascii(row)[:80]}; it should be an object with named columns.")
     try:
-        return task.read(row)
+        example = task.read(row)
     except KeyError as error:
-        raise XtransferError(f"{place} has no column {error}{nearest(str(error.args[0]), row)}; it has: {', '.join(map(str, row))}.") from error
+        raise XtransferError(f"{place} has no column {ascii(error.args[0] if error.args else '')[:80]}{nearest(str(error.args[0] if error.args else ''), row)}; it has: {_named(row)}.") from error
     except (TypeError, AttributeError, ValueError, IndexError) as error:
-        raise XtransferError(f"{place} cannot be read ({type(error).__name__}: {error}); its columns are: {', '.join(map(str, row))}.") from error
+        raise XtransferError(f"{place} cannot be read ({type(error).__name__}: {ascii(str(error))[1:-1][:200]}); its columns are: {_named(row)}.") from error
+    if not isinstance(example, Mapping):
+        raise XtransferError(f"{place} is read as {ascii(example)[:80]}; a task's function for reading returns an example with the columns {', '.join(COLUMNS[task.format])}.")
+    return example
 
+# %% ../nbs/03_tasks.ipynb #0ca7fba1
 def load_examples(
     task: Task,
     language: str,  # code in LANGUAGES
@@ -348,11 +404,13 @@ def load_examples(
 
     Raises: XtransferError for an unknown language or split, an empty split, or a row that breaks the contract.
     """
-    known = dict.fromkeys((*task.languages, *task.train_languages))
+    known = dict.fromkeys(task.languages if split == "test" else (*task.languages, *task.train_languages))
     if language not in known:
         raise XtransferError(f"task {task.name} has no language {language!r}{nearest(language, known)}; it has: {', '.join(known)}.")
     if split not in SPLITS:
         raise XtransferError(f"task {task.name} was asked for the split {split!r}{nearest(split, SPLITS)}; splits are: {', '.join(SPLITS)}.")
+    if task.format not in COLUMNS:
+        raise XtransferError(f"task {task.name} has the format {ascii(task.format)[:80]}{nearest(task.format, FORMATS)}; formats are: {', '.join(FORMATS)}.")
     raw = task.load(language, split)
     expected = task.published(language, split)
     if not len(raw):
@@ -368,7 +426,7 @@ def load_examples(
         if is_unlabelled(example):
             unlabelled += 1
             continue
-        if problem := _problem(task, example) or _half_characters(example):
+        if problem := _problem(task, example):
             raise XtransferError(f"row {index} of task {task.name}, language {language}, split {split} {problem}.")
         if task.format == "span_extraction":
             example, moved, lost = _repair(example, keep_lost=split != "train")

@@ -6,7 +6,7 @@
 __all__ = ['SAVING', 'Sampler', 'learning_rate', 'set_up', 'make_optimizer', 'evaluation_steps', 'averaged_steps',
            'average_tensors', 'Fitted', 'fit']
 
-# %% ../nbs/17_training.ipynb #603aea43
+# %% ../nbs/17_training.ipynb #16023368
 import json
 import math
 import time
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .adapters import add_adapters, arithmetic, use_checkpointing
-from .core import XtransferError, derive_seed
+from .core import Interrupted, XtransferError, derive_seed
 from .encoding import Batch, Encoded, make_batch
 from .clipping import clipped_step
 from .gradients import TaskGradients, draw_shares, mean_cosines, new_agreement, recent_cosines
@@ -238,7 +238,7 @@ class _Updates:
             clipped_step(getattr(self.optimizer, "optimizer", self.optimizer), list(self.model.parameters()), self.tables, self.recipe.max_grad_norm)
         self.optimizer.zero_grad()
 
-# %% ../nbs/17_training.ipynb #e9d337d3
+# %% ../nbs/17_training.ipynb #fc4a3368
 def _score(updates: _Updates, score_dev: Callable[[], Mapping[str, float]], progress: Progress, folder: Path, log: TrainingLog, deciding: Sequence[str], averaged: Sequence[int]) -> None:
     """Score English dev and keep the weights when they are the best so far, or will be averaged; the deciding tasks decide, or supervised ones where there are any."""
     model, ranks = updates.model, updates.ranks
@@ -261,7 +261,7 @@ def _score(updates: _Updates, score_dev: Callable[[], Mapping[str, float]], prog
         for selection in kept:
             save_file(tensors, folder / f"{selection}-{progress.step:08d}.safetensors")
     except (OSError, SafetensorError) as error:
-        raise XtransferError(f"cannot write the weights of an evaluation to {folder}: {error}; the last complete state is untouched.") from error
+        raise Interrupted(f"cannot write the weights of an evaluation to {folder}: {error}; the last complete state is untouched.") from error
 
 # %% ../nbs/17_training.ipynb #36099dfd
 SAVING = 20  # the least time between states, as a multiple of what writing one takes

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRELOAD', 'KERNEL_LOG', 'LONGEST', 'ENGINE', 'kill_kernels', 'WarmProvisioner', 'FolderEngine', 'use_warm_kernels']
 
-# %% ../nbs/20_warm.ipynb #1f2c13dc
+# %% ../nbs/20_warm.ipynb #0cc598ac
+import atexit
 import multiprocessing
 import os
 import signal
@@ -13,8 +14,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from multiprocessing import forkserver
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.util import get_temp_dir
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 
 from .core import end_with_parent
 
-# %% ../nbs/20_warm.ipynb #28bfcdb5
+# %% ../nbs/20_warm.ipynb #eafc663a
 PRELOAD = ("xtransfer.preload", "xtransfer.warm")  # see preload, which this module must not import: the driver is no child
 KERNEL_LOG = "kernel.log"
 
@@ -41,6 +42,7 @@ def _become_kernel(connection_file: str, folder: str, environment: Mapping[str, 
     end_with_parent(parent)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _let_go_of_the_server()
     os.chdir(folder)
     os.environ.clear()
@@ -57,8 +59,9 @@ def _become_kernel(connection_file: str, folder: str, environment: Mapping[str, 
     app = IPKernelApp.instance()
     app.initialize(["-f", connection_file, "--HistoryManager.enabled=False"])  # a data base that all kernels would share, for nobody
     app.start()
+    atexit._run_exitfuncs()  # a notebook's temporary folders; a process of multiprocessing ends without
 
-# %% ../nbs/20_warm.ipynb #010a85a0
+# %% ../nbs/20_warm.ipynb #7583403e
 class _ForkedProcess:
     """A process of the fork server with the part of `Popen`'s interface that the provisioner uses."""
 
@@ -90,7 +93,12 @@ def kill_kernels() -> None:
     """Kill every kernel that this process has started; used when the user interrupts a study."""
     for process in list(_running):
         process.kill()
+    server = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if server is not None:  # while it still imports, its kernels are to come
+        with suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
 
+# %% ../nbs/20_warm.ipynb #f5e6109a
 @contextmanager
 def _without_starting_script() -> Iterator[None]:
     """Hide the script that started this process from multiprocessing, which would run it again in every child."""
@@ -115,6 +123,18 @@ def _shorten_socket_path() -> None:
         finally:
             tempfile.tempdir = usual
 
+def _server() -> int | None:
+    """The process id of the fork server, which is started where there is none."""
+    _shorten_socket_path()
+    resource_tracker.ensure_running()  # the server would start it, and let signals in again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return getattr(forkserver._forkserver, "_forkserver_pid", None)
+
+# %% ../nbs/20_warm.ipynb #ae074c53
 class WarmProvisioner(LocalProvisioner):
     """Starts kernels as forks of a warm process."""
 
@@ -127,10 +147,7 @@ class WarmProvisioner(LocalProvisioner):
         context.set_forkserver_preload(list(PRELOAD))
         connection_file = cmd[cmd.index("-f") + 1]
         with _without_starting_script():
-            _shorten_socket_path()
-            forkserver.ensure_running()
-            server = getattr(forkserver._forkserver, "_forkserver_pid", None)
-            process = context.Process(target=_become_kernel, args=(connection_file, kwargs.get("cwd") or os.getcwd(), dict(kwargs.get("env") or os.environ), server), daemon=True)
+            process = context.Process(target=_become_kernel, args=(connection_file, kwargs.get("cwd") or os.getcwd(), dict(kwargs.get("env") or os.environ), _server()), daemon=True)
             try:
                 process.start()
             except (EOFError, ConnectionError) as error:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -42,7 +43,19 @@ EXPORTER = HTMLExporter(template_file="notebook.html.j2", extra_template_paths=[
 
 def notebook_html(path, **options):
     """A notebook as a part of a page."""
-    return TemplateExporter.from_notebook_node(EXPORTER, nbformat.read(path, 4))[0]  # HTMLExporter's own would parse every page once more, to describe pictures
+    return unique_anchors(TemplateExporter.from_notebook_node(EXPORTER, nbformat.read(path, 4))[0])  # HTMLExporter's own would parse every page once more, to describe pictures
+
+
+def unique_anchors(page):
+    """Headings of one name with anchors of their own, numbered as the table of contents numbers them."""
+    seen = Counter()
+
+    def numbered(heading):
+        anchor = heading[2]
+        seen[anchor] += 1
+        name = f"{anchor}_{seen[anchor] - 1}" if seen[anchor] > 1 else anchor
+        return heading[0].replace(f'id="{anchor}"', f'id="{name}"', 1).replace(f'href="#{anchor}"', f'href="#{name}"')
+    return re.sub(r'<h([1-6]) id="([^"]+)".*?</h\1>', numbered, page, flags=re.S)
 
 
 def notebook_prose(path, **options):
@@ -211,8 +224,8 @@ def cards():
         made[f"reference/tasks/{name}.md"] = task_card(task)
     for name, backbone in BACKBONES.items():
         made[f"reference/backbones/{name}.md"] = f"{backbone_card(backbone)}\n{memory_section(backbone)}"
-    rows = "\n".join(f"| [`{t.name}`]({t.name}.md) | {t.format.replace('_', ' ')} | {len(t.languages)} | {in_table(t.description)} |" for t in TASKS.values())
-    made["reference/tasks/index.md"] = f"# Tasks\n\nEverything that can be trained on or scored. A card says where the data come from and under which licence, how many rows were published, what the score is and what is odd about it, and which traps are known. `xtransfer show NAME` prints the same.\n\n| task | format | languages | what it is |\n| --- | --- | --- | --- |\n{rows}\n"
+    rows = "\n".join(f"| [`{t.name}`]({t.name}.md) | {in_table(t.description)} | {t.format.replace('_', ' ')} | {len(t.languages)} |" for t in TASKS.values())
+    made["reference/tasks/index.md"] = f"# Tasks\n\nEverything that can be trained on or scored. A card says where the data come from and under which licence, how many rows were published, what the score is and what is odd about it, and which traps are known. `xtransfer show NAME` prints the same.\n\n| task | what it is | format | languages |\n| --- | --- | --- | --- |\n{rows}\n"
     rows = "\n".join(f"| [`{b.name}`]({b.name}.md) | {b.kind.name} | {b.layers} x {b.hidden_size} | {b.max_length} | {f'`{b.checkpoint}`' if b.checkpoint else 'random weights'} |" for b in BACKBONES.values())
     made["reference/backbones/index.md"] = f"# Backbones\n\nThe models that studies start from. A card says how large one is, what it has read, what it cannot do and what it takes. Any other checkpoint is named by its hub id or folder. `xtransfer show NAME` prints the same.\n\n| backbone | family | layers x width | tokens | weights |\n| --- | --- | --- | --- | --- |\n{rows}\n"
     return made
@@ -247,7 +260,8 @@ def benchmarks():
     """What was measured beside peers, without the columns that only a specialist reads."""
     lines = [line.strip("| ").split(" | ") for line in (ROOT / "outputs" / "benchmarks" / "table.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     wanted = [lines[0].index(name) for name in ("what", "beside", "times", "interval", "target", "met")]
-    return "\n".join("| " + " | ".join(line[k].strip() for k in wanted) + " |" for line in lines)
+    rounded = [[re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2g}", line[k].strip()) for k in wanted] for line in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rounded)
 
 
 # mkdocs
@@ -314,7 +328,9 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(content, page, config, files):
-    """Links of a notebook to other notebooks lead to their pages."""
+    """Links of a notebook to other notebooks lead to their pages; the record is called in menus what it is here, not what its notebook calls itself."""
+    if page.file.src_uri == "results/record.ipynb":
+        page.title = "One record"
     if not page.file.src_uri.startswith("library/"):
         return content
     return re.sub(r'href="((?!https?:)[^"#]*)\.ipynb', r'href="\1.html', content)

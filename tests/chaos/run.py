@@ -148,7 +148,7 @@ def report(known, arguments):
     said = {}
     for found in kills.values():
         for kill in found:
-            for line in kill.get("said", "").splitlines():
+            for line in kill.get("said", "").replace(str(arguments.outputs.resolve()), "...").splitlines():
                 kind = cell(line)[:300]
                 said.setdefault(kill["way"], {}).setdefault("".join("#" if c.isdigit() else c for c in kind), kind)
     lines += ["What was said after them, one of each kind:", ""] + [f"- {way}: {line}" for way, kinds in said.items() for line in list(kinds.values())[:4]] + [""]

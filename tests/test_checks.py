@@ -420,7 +420,7 @@ def test_two_processes_at_once(declared, tmp_path):
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0 and out.strip() == str(len(ALL)), err
     (note,) = (tmp_path / ".checks").iterdir()
-    assert len(json.loads(note.read_text())) == len(ALL) and not list(tmp_path.glob("run/*"))
+    assert len(json.loads(note.read_text())) == len(ALL) and not list(tmp_path.glob("run/training/*"))
 
 
 # ---- where it is used

@@ -236,7 +236,10 @@ def schedules_sentence(study: Study, table: pd.DataFrame) -> str:
     expected = len({cell.target for cell in study.cells if "@" not in cell.target})
     targets = f"{number_word(best['targets'])} full target{'s' * (best['targets'] != 1)}" + f" of {number_word(expected)} so far" * (best["targets"] < expected)
     scope = f"{'In a synthetic world, over' if study.profile in ('smoke', 'mini') else 'Over'} {targets} and {number_word(best['languages'])} zero-shot language{'s' * (best['languages'] != 1)}, all with the same number of updates"
-    parts = [f"the best of {number_word(among)} schedule{'s' * (among != 1)} against the target alone is “{best['treatment']}” with {points_words(best)}: {resolved(best, 'better than the target alone', 'worse than the target alone')}"]
+    verdict = resolved(best, "better than the target alone", "worse than the target alone")
+    if best["seeds"] > 1 and (best["low"] > 0 or best["high"] < 0) and not best["p_holm"] < 0.05:  # it was chosen for being the largest
+        verdict = f"its interval excludes zero, but after Holm's correction for all that were compared it is not told from the target alone" + f" (p {best['p_holm']:.2f})" * bool(np.isfinite(best["p_holm"]))
+    parts = [f"the best of {number_word(among)} schedule{'s' * (among != 1)} against the target alone is “{best['treatment']}” with {points_words(best)}: {verdict}"]
     for words, pair, above, below in (("training together instead of one after the other", PAIRS[0], "together is better", "one after the other is better"),
                                       ("training after many tasks instead of one", ("multi, then target", "sequential"), "after many is better", "after one is better")):
         row = find_row(table, *pair)

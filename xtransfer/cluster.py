@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock, Timeout
 
 from .cache import CACHE_VARIABLE, store_folder
-from .core import Interrupted, XtransferError, digest, end_with_parent, nearest, plain, read_json, write_json, write_text
+from .core import Interrupted, XtransferError, digest, end_with_parent, lock_file, nearest, plain, read_json, write_json, write_text
 from .cost import PROGRAM, TOKEN, Estimate, memory_of
 from .runs import Busy, Work, execute, gpu_count, has_checkpoint
 from .sources import DATA_VARIABLE, data_folder
@@ -176,15 +175,12 @@ def own_gpus(
         yield {"CUDA_VISIBLE_DEVICES": ",".join(shown)} if shown else {}
         return
     place, taken = Path(tempfile.gettempdir()) / f"xtransfer-gpus-{os.getuid()}", []
-    place.mkdir(exist_ok=True)
     with ExitStack() as held:
         while len(taken) < count:
             for device in (d for d in shown if d not in taken and len(taken) < count):
-                try:
-                    held.enter_context(FileLock(place / f"{device}.lock", fallback_to_soft=False).acquire(timeout=0))
+                if (lock := lock_file(place / f"{device}.lock")) is not None:
+                    held.enter_context(lock)
                     taken.append(device)
-                except Timeout:
-                    pass
             time.sleep(0 if len(taken) == count else BUSY_WAIT)
         yield {"CUDA_VISIBLE_DEVICES": ",".join(taken)}
 

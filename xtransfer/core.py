@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST_NAME', 'LONGEST_SENTENCE', 'T', 'MOST_NAMES', 'DEEPEST', 'XtransferError', 'Interrupted', 'nearest',
            'check_name', 'plainly', 'one_line', 'Registry', 'plain', 'digest', 'derive_seed', 'end_with_parent',
-           'package_folder', 'write_bytes', 'write_text', 'write_json', 'read_json']
+           'package_folder', 'write_bytes', 'write_text', 'write_json', 'read_json', 'lock_file']
 
 # %% ../nbs/00_core.ipynb #1c7df696
 import ctypes
@@ -27,6 +27,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where a notebook has no widgets: nothing here draws with them
 
@@ -273,3 +275,21 @@ def read_json(path: str | Path) -> Any:
         raise XtransferError(f"{path} is damaged (it holds a number with more digits than are read); delete it or restore it.") from error
     except RecursionError as error:
         raise XtransferError(f"{path} is damaged (it is nested more than {DEEPEST} levels deep); delete it or restore it.") from error
+
+# %% ../nbs/00_core.ipynb #198ab3cd
+def lock_file(
+    path: str | Path,  # its folder is made when missing
+    patience: float = 0.0,  # seconds; below zero: as long as it takes
+) -> AcquireReturnProxy | None:  # to be used in `with`, or kept for as long as the lock shall hold; None: another process has it
+    """Hold the lock of a file.
+
+    Raises: XtransferError when the file cannot be written or its file system has no locks.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path, fallback_to_soft=False).acquire(timeout=patience)
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError) as error:  # the second is filelock's, where a file system has no locks
+        raise Interrupted(f"cannot lock {path}: {getattr(error, 'strerror', None) or error}.") from error

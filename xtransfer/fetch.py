@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
 
 from .backbones import BACKBONES, Backbone, checkpoint_folder, hub_revision
-from .core import XtransferError, one_line, write_json
+from .core import XtransferError, lock_file, one_line, write_json
 from .hub import COMMIT
 from .sources import PINS_NAME, Source, asked_commit, data_folder, local_copy, model_pin, pins, verify_cached
 from .studies import Stage, Study
@@ -42,15 +41,10 @@ def study_needs(study: Study) -> list[Need]:
 # %% ../nbs/14d_fetch.ipynb #3e9ac709
 def _pin(found: dict[str, str]) -> dict[str, str]:
     """Add pins to those that are there, which stay; returns all."""
-    folder = data_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".pins.lock"):
-            known = dict(sorted((found | dict(pins())).items()))
-            if known != pins():
-                write_json(folder / PINS_NAME, known)
-    except OSError as error:
-        raise XtransferError(f"cannot write the pins in the data folder {folder}: {error.strerror or error}.") from error
+    with lock_file(data_folder() / ".pins.lock", patience=-1):
+        known = dict(sorted((found | dict(pins())).items()))
+        if known != pins():
+            write_json(data_folder() / PINS_NAME, known)
     return known
 
 def is_on_hub(source: Source) -> bool:

@@ -15,10 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 
 from .backbones import BACKBONES
-from .core import Interrupted, XtransferError, plain, read_json, write_json, write_text
+from .core import Interrupted, XtransferError, lock_file, plain, read_json, write_json, write_text
 from .model_cards import CARD_NAME, model_card
 from .records import CHECKPOINT_NAME, EMBEDDINGS_NAME, LOG_NAME, NOTEBOOK_NAME, PREDICTIONS_NAME, RECORD_NAME, Record, Score, damage, environment, read_record, run_folder
 from .seals import WORKING, fingerprints, flush, place_of, unsealed, with_checksum
@@ -54,19 +53,10 @@ def run_status(
 @contextmanager
 def held(run: Run, outputs: str | Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock of a run; the operating system releases it when the process dies. Looking at a run's state holds it for a moment, which `patience` (seconds) outlasts."""
-    path = Path(outputs) / ".locks" / f"{run.digest}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, fallback_to_soft=False)
-        lock.acquire(timeout=patience)
-    except Timeout:
-        raise Busy(f"run {run.id} is being executed by another process; wait until it has ended, then give the same command again.") from None
-    except (OSError, NotImplementedError) as error:  # filelock's, where a file system has no locks
-        raise XtransferError(f"cannot write to the output folder {outputs}: {getattr(error, 'strerror', None) or error}.") from error
-    try:
+    if (lock := lock_file(Path(outputs) / ".locks" / f"{run.digest}.lock", patience)) is None:
+        raise Busy(f"run {run.id} is being executed by another process; wait until it has ended, then give the same command again.")
+    with lock:
         yield
-    finally:
-        lock.release()
 
 def has_checkpoint(run: Run, outputs: str | Path) -> bool:
     """Whether a finished run's weights are there for its children."""

@@ -23,7 +23,6 @@ import pandas as pd
 import PIL.Image
 import torch
 import transformers
-from filelock import FileLock, Timeout
 from IPython.display import Image
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
@@ -35,7 +34,7 @@ from .attention import attention_way
 from .averaging import fit_runs
 from .backbones import BACKBONES, hub_origin, unsuitable
 from .checks import notes_folder, require_checks
-from .core import Interrupted, XtransferError, derive_seed, plain, write_bytes, write_json
+from .core import Interrupted, XtransferError, derive_seed, lock_file, plain, write_bytes, write_json
 from .evaluation import Prediction, make_evaluator, score_mining, score_retrieval, sentence_vectors
 from .languages import LANGUAGES
 from .modeling import StageModel, load_encoder, load_heads, load_pretrained_head, load_tokenizer, save_checkpoint
@@ -81,13 +80,10 @@ def _together(stage: Stage) -> dict[str, str]:
         found["trained"] = f"{recipe.average_runs} times, of which the average is taken"
     return found
 
-def _held(path: Path) -> FileLock:
+def _held(path: Path) -> Any:
     """A lock that this process holds as long as it lives."""
-    lock = FileLock(path, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=20)
-    except Timeout:
-        raise Interrupted(f"another process is writing to {path.parent.resolve()}; wait until it has ended.") from None
+    if (lock := lock_file(path, patience=20)) is None:
+        raise Interrupted(f"another process is writing to {path.parent.resolve()}; wait until it has ended.")
     return lock
 
 def _checkpoint(folder: Path) -> Path:

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock, Timeout
 
 from .backbones import no_safetensors
-from .core import XtransferError, read_json, write_json, write_text
+from .core import XtransferError, lock_file, read_json, write_json, write_text
 from .hub import hub_said, model_files
 from .languages import LANGUAGES
 from .runs import format_duration
@@ -277,19 +276,17 @@ def translate_task(
     for language in dict.fromkeys(LANGUAGES[code].code for code in languages):
         folder = data_folder() / "files" / "translations" / task.name / language
         translator = Translator(model, language)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(folder / ".writer.lock", timeout=0):
-                said, memory = _earlier(folder, translator.facts), Memory(folder / MEMORY_NAME, translator.facts)
-                for examples, fingerprint in sources:
-                    line = str(said.get(examples.split, ""))
-                    if not (line.endswith(f"from {fingerprint}") and (folder / f"{examples.split}.jsonl").exists()):
-                        line = _split_line(translate_split(task, examples, translator, memory, folder, batch_size, report), fingerprint)
-                        said |= {examples.split: line}
-                        write_json(folder / "translation.json", said)
-                    table.append({"language": language, "split": examples.split, "result": line})
-                memory.close()
-                memory.path.unlink()
-        except Timeout:
-            raise XtransferError(f"another process is translating into {folder}; wait until it has ended.") from None
+        if (lock := lock_file(folder / ".writer.lock")) is None:
+            raise XtransferError(f"another process is translating into {folder}; wait until it has ended.")
+        with lock:
+            said, memory = _earlier(folder, translator.facts), Memory(folder / MEMORY_NAME, translator.facts)
+            for examples, fingerprint in sources:
+                line = str(said.get(examples.split, ""))
+                if not (line.endswith(f"from {fingerprint}") and (folder / f"{examples.split}.jsonl").exists()):
+                    line = _split_line(translate_split(task, examples, translator, memory, folder, batch_size, report), fingerprint)
+                    said |= {examples.split: line}
+                    write_json(folder / "translation.json", said)
+                table.append({"language": language, "split": examples.split, "result": line})
+            memory.close()
+            memory.path.unlink()
     return table

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from conftest import TOYS
 from test_joint_training import TRAINED, model_of, trained as trained_once
@@ -15,7 +14,7 @@ from xtransfer.averaging import fit_runs
 from xtransfer.core import XtransferError
 from xtransfer.records import load_records, read_record
 from xtransfer.runs import run_study
-from xtransfer.studies import Cell, Contrast, Recipe, Run, Stage, Study
+from xtransfer.studies import Cell, Recipe, Run, Stage, Study
 from xtransfer.training import average_tensors, averaged_steps, evaluation_steps, trained_tensors
 
 NAMES = TRAINED[:2]

@@ -12,7 +12,7 @@ import xtransfer.training
 from copies import COPIES, build
 from xtransfer.backbones import BACKBONES, FAMILIES, Backbone, unsuitable
 from xtransfer.core import XtransferError
-from xtransfer.encoding import Batch, encode, encode_sentences, make_batch
+from xtransfer.encoding import Batch, encode, make_batch
 from xtransfer.evaluation import make_evaluator, sentence_vectors
 from xtransfer.modeling import StageModel, load_encoder, load_heads, load_tokenizer, save_checkpoint
 from xtransfer.objectives import make_corruption

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import xtransfer.catalogue  # declares the tasks of the records
-from xtransfer.analysis import headline, paired_gains, simulate_scores
+from xtransfer.analysis import headline, paired_gains
 from xtransfer.core import XtransferError
 from xtransfer.examples import bootstrap_difference, compare_runs, example_counts
 from xtransfer.inference import adjust, association, compare_ranks, cvar, equivalence, finite, paired_effect, robustness, robustness_gain, sign_test

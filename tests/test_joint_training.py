@@ -10,7 +10,6 @@ import torch
 import xtransfer.training
 from conftest import TOYS
 from test_training import Killed, log_of, weights_equal
-from xtransfer.adapters import arithmetic
 from xtransfer.backbones import BACKBONES
 from xtransfer.core import XtransferError
 from xtransfer.encoding import encode, make_batch
@@ -19,7 +18,7 @@ from xtransfer.modeling import StageModel, load_encoder
 from xtransfer.objectives import Corruption
 from xtransfer.ranks import Ranks
 from xtransfer.records import gradient_cosines, read_record
-from xtransfer.runs import execute, run_study
+from xtransfer.runs import run_study
 from xtransfer.steps import deciding_tasks
 from xtransfer.studies import Cell, Contrast, Mixing, Recipe, Run, Stage, Study
 from xtransfer.tasks import TASKS, load_examples

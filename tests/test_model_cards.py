@@ -17,7 +17,7 @@ import yaml
 
 from xtransfer.backbones import BACKBONES
 from xtransfer.model_cards import CARD_NAME, model_card, yaml_value
-from xtransfer.records import RECORD_NAME, read_record, run_folder
+from xtransfer.records import read_record, run_folder
 from xtransfer.runs import execute, work_folder
 from xtransfer.studies import STUDIES
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 import xtransfer.parallel_text as parallel_text
-from xtransfer.parallel_text import BIBLE, is_held_out, tagged_text, translated_text, with_translations
+from xtransfer.parallel_text import BIBLE, is_held_out, tagged_text, translated_text
 from xtransfer.small_backbone import SMALL_XLMR, trained_tokenizer
 from xtransfer.sources import Source
 from xtransfer.studies import STUDIES

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 import xtransfer.catalogue  # noqa: F401  tasks to be asked
 import xtransfer.world_backbones  # noqa: F401

@@ -18,19 +18,19 @@ import torch
 
 import xtransfer.cache
 import xtransfer.store
-from conftest import TOYS, xtransfer as command
+from conftest import xtransfer as command
 from copies import COPIES
 from plainly import plain_sentences, plain_sides, plainly
 from xtransfer.backbones import FAMILIES
-from xtransfer.cache import META_NAME, clear_store, format_store, make_room, read_entry, store_entries, store_folder, write_entry
+from xtransfer.cache import META_NAME, clear_store, format_store, make_room, read_entry, store_entries, write_entry
 from xtransfer.core import XtransferError
-from xtransfer.encoding import encode, encode_sentences, encode_sides, make_batch
+from xtransfer.encoding import encode, encode_sentences, make_batch
 from xtransfer.modeling import prepare_tokenizer
 from xtransfer.seals import with_checksum
-from xtransfer.sources import DATA_VARIABLE, Loader, Source
+from xtransfer.sources import DATA_VARIABLE, Source
 from xtransfer.store import COUNTED, ROWS_LIMIT, StoredRows, encode_examples, look, rows_key, stored_examples, stored_sentences, stored_sides, tokenizer_fingerprint
 from xtransfer.studies import Recipe
-from xtransfer.tasks import TASKS, Examples, Task, load_examples, tagging, text_pair
+from xtransfer.tasks import TASKS, Examples, Task, load_examples, text_pair
 
 RECIPE = Recipe(name="test", learning_rate=1e-3, batch_size=4, max_length=96, stride=8)
 TRAINED = ("toy_pair", "toy_choice", "toy_tags", "toy_qa", "toy_qa2", "toy_text", "toy_ranked")

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from xtransfer.core import XtransferError
 from xtransfer.sources import DATA_VARIABLE
-from xtransfer.tasks import COLUMNS, TASKS, Examples, Source, Task, choices_nested, load_examples, plain_text, squad_columns, text_pair
+from xtransfer.tasks import COLUMNS, TASKS, Source, Task, choices_nested, load_examples, plain_text, squad_columns, text_pair
 from xtransfer.translation import MEMORY_NAME, TRANSLATED, Memory, TranslationModel, Translator, sentences, texts_of, translate_task, translated_example
 
 WORDS = ["<pad>", "</s>", "<unk>", "deu_Latn", "rus_Cyrl", ".", *"abcdefghijklmnopqrst"]

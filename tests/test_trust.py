@@ -1,7 +1,6 @@
 """What comes from users, hubs and folders is data: it is never run, never a path, never a command, and is shown as what it is."""
 
 import ast
-import base64
 import json
 import math
 import os

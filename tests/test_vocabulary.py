@@ -150,7 +150,6 @@ def test_a_failure_leaves_the_model_as_it_was(tasks):
 
 
 def test_who_is_not_trimmed_and_why(tasks, toys):
-    from xtransfer.tasks import TASKS
 
     model = large_model([tasks["sequence_classification"]])
     assert whole_because(model, RECIPE) is None and whole_because(model, replace(RECIPE, gradients="mean")) is None
@@ -196,7 +195,6 @@ def test_rows_that_occur():
 @pytest.mark.parametrize("count", (2, 3, 7, 100))
 def test_pieces_have_the_gradient_of_the_whole(format, count, tasks):
     """Without dropout; labels, tags and spans are not spread evenly over the pieces."""
-    from xtransfer.backbones import BACKBONES
     from xtransfer.objectives import Corruption
     from conftest import TOYS
     import runpy

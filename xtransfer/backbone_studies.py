@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .recipes import (
-    PHANG_CLASSIFICATION, PHANG_MEMORY, PHANG_TARGETS, SENTENCES, WORLD_NOTE, WORLD_PRETRAININGS, WORLD_RETRIEVAL, WORLD_SEEDS, WORLD_TARGETS, XTREME_R_PREPARATIONS, XTREME_R_TARGETS,
+    PHANG_CLASSIFICATION, PHANG_MEMORY, PHANG_TARGETS, SENTENCES, WORLD_NOTE, WORLD_PRETRAININGS, WORLD_SEEDS, WORLD_TARGETS, XTREME_R_PREPARATIONS, XTREME_R_TARGETS,
     backbone_arms, factors_of, intermediate, phang_mixture, phang_stage, world_cells)
 from .replication import TRANSLATED_INTO
 from .studies import STUDIES, Cell, Contrast, Mixing, Recipe, Stage, Study, StudyDeclaration, intermediate_cells, limited
-from .tasks import TASKS
 from .world_backbones import WORLD_BACKBONES
 
 # %% ../nbs/12b_backbone_studies.ipynb #67e179a4

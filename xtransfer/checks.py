@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .backbones import Backbone, retrieval_layer
-from .core import XtransferError, digest, read_json, write_json
+from .core import XtransferError, digest, read_json, version_of, write_json
 from .encoding import special_affixes
 from .modeling import StageModel, load_encoder, load_heads, load_tokenizer, save_checkpoint
 from .objectives import make_corruption
@@ -271,7 +270,7 @@ def checks_key(backbone: Backbone, tokenizer: Any, encoder: nn.Module, recipe: R
     cut = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     return digest({"checks": CHECKS_VERSION, "backbone": backbone.identity, "family": backbone.kind, "tokenizer": [cut, tokenizer.padding_side, tokenizer.all_special_tokens, tokenizer.pad_token],
                    "weights": getattr(encoder.config, "_commit_hash", None), "device": next(encoder.parameters()).device.type, "precision": [recipe.precision, os.environ.get("ACCELERATE_MIXED_PRECISION")],
-                   "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "xtransfer")}})
+                   "versions": {name: version_of(name) for name in ("torch", "transformers", "tokenizers", "xtransfer")}})
 
 def notes_folder(
     folder: str | Path,  # of a run

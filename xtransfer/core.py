@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['LONGEST_NAME', 'LONGEST_SENTENCE', 'T', 'MOST_NAMES', 'DEEPEST', 'XtransferError', 'Interrupted', 'nearest',
-           'check_name', 'plainly', 'one_line', 'Registry', 'plain', 'digest', 'derive_seed', 'end_with_parent',
-           'package_folder', 'write_bytes', 'write_text', 'write_json', 'read_json', 'lock_file']
+           'check_name', 'plainly', 'one_line', 'Registry', 'plain', 'digest', 'version_of', 'derive_seed',
+           'end_with_parent', 'package_folder', 'write_bytes', 'write_text', 'write_json', 'read_json', 'lock_file']
 
 # %% ../nbs/00_core.ipynb #1c7df696
 import ctypes
 import dataclasses
 import difflib
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -29,6 +30,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from . import __version__
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where a notebook has no widgets: nothing here draws with them
 
@@ -165,6 +168,18 @@ def digest(
         whole.update((b"," if i else b"") + written(item))
     whole.update(b"]")
     return whole.hexdigest()[:length]
+
+# %% ../nbs/00_core.ipynb #d636b00b
+def version_of(
+    package: str,  # as it is named in the index of packages
+) -> str | None:  # None: it is not installed
+    """The version of what is imported under a package's name."""
+    if package == "xtransfer":
+        return __version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 # %% ../nbs/00_core.ipynb #02412cc0
 def derive_seed(

@@ -9,11 +9,9 @@ __all__ = ['PYTHON', 'START', 'FIGURE', 'ROW', 'MADE', 'DECODED', 'MACHINES_NAME
 
 # %% ../nbs/14m_cost.ipynb #800c2fef
 import heapq
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,7 +28,7 @@ from .core import XtransferError, digest, read_json, write_json
 from .memory import memory_estimate
 from .records import Record, environment, study_records
 from .seals import is_whole, with_checksum
-from .studies import Recipe, Run, Study
+from .studies import Run, Study
 from .tasks import TASKS
 from .workload import Known, Workload, example_tokens, length_of, with_sizes, workload
 

@@ -17,7 +17,7 @@ from .core import XtransferError, lock_file, one_line, write_json
 from .hub import COMMIT
 from .sources import PINS_NAME, Source, asked_commit, data_folder, local_copy, model_pin, pins, verify_cached
 from .studies import Stage, Study
-from .tasks import TASKS, UNTRAINED_FORMATS, load_examples
+from .tasks import TASKS, load_examples
 
 # %% ../nbs/14d_fetch.ipynb #464aff9d
 Need = tuple[str, str, str]  # task, language, split

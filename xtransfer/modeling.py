@@ -31,7 +31,6 @@ from .core import Interrupted, XtransferError, derive_seed
 from .encoding import Batch, special_affixes
 from .heads import HEADS, TEXT_HEADS, LanguageModelHead, LayerMix, pool
 from .hub import first_lines
-from .studies import Recipe
 from .tasks import Task
 
 # %% ../nbs/16_modeling.ipynb #42e52682

@@ -9,7 +9,6 @@ __all__ = ['SCHEMA_VERSION', 'RECORD_NAME', 'NOTEBOOK_NAME', 'PREDICTIONS_NAME',
            'load_records', 'gradient_cosines', 'load_probes', 'task_embeddings']
 
 # %% ../nbs/10_records.ipynb #9d243d4a
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -24,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .backbones import BACKBONES
-from .core import XtransferError, nearest, package_folder, plain, read_json
+from .core import XtransferError, nearest, package_folder, plain, read_json, version_of
 from .seals import WORKING, differing, is_whole, unsealed
 from .studies import Run, Study, lineage
 
@@ -210,13 +209,7 @@ def environment() -> dict[str, Any]:
     """Versions, hardware and commit of this process."""
     import psutil
 
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", "packages": versions, "processor": _processor(), "cpus": os.cpu_count(),
+    return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}", "packages": {name: version_of(name) for name in PACKAGES}, "processor": _processor(), "cpus": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1), "git_commit": _git_commit()}
 
 # %% ../nbs/10_records.ipynb #1b31bf21

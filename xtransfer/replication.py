@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .recipes import (
-    PAPER_NOTE, PHANG_CLASSIFICATION, PHANG_INTERMEDIATES, PHANG_TARGETS, SENTENCES, WORLD_INTERMEDIATE, WORLD_INTERMEDIATES, WORLD_NOTE, WORLD_RETRIEVAL, WORLD_SEEDS, WORLD_TARGETS,
+    PAPER_NOTE, PHANG_INTERMEDIATES, PHANG_TARGETS, SENTENCES, WORLD_INTERMEDIATE, WORLD_INTERMEDIATES, WORLD_NOTE, WORLD_RETRIEVAL, WORLD_SEEDS, WORLD_TARGETS,
     XTREME_R_PREPARATIONS, XTREME_R_TARGETS, against, intermediate, phang_mixture, phang_stage, prolonged, world_cells)
 from .studies import STUDIES, Contrast, Mixing, Recipe, Stage, Study, StudyDeclaration, intermediate_cells
 from .tasks import TASKS

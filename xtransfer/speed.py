@@ -16,14 +16,15 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal
 
-from .core import XtransferError, digest, nearest, package_folder, plain, read_json, write_json, write_text
+from .core import XtransferError, digest, nearest, package_folder, plain, read_json, version_of, write_json, write_text
+from .records import environment
 
 # %% ../nbs/24_speed.ipynb #c381f060
 Way = Callable[[], Any] | tuple[Callable[[], Any], Callable[[Any], Any]]  # what is timed; or its preparation, and what is timed with the result of it
@@ -194,18 +195,8 @@ def cores() -> int:
 @lru_cache
 def machine() -> str:
     """Processor, cores and the versions that count."""
-    import importlib.metadata
-    import platform
-
-    info = Path("/proc/cpuinfo")
-    models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    versions = []
-    for name in VERSIONS:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{name} absent")
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {cores()} cores; Python {platform.python_version()}, " + ", ".join(versions)
+    here = environment()
+    return f"{here['processor']}, {cores()} cores; Python {here['python']}, " + ", ".join(f"{name} {version_of(name) or 'absent'}" for name in VERSIONS)
 
 # %% ../nbs/24_speed.ipynb #464af3bd
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -23,7 +22,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from .cache import LAYOUT, read_entry, store_limit, write_entry
-from .core import digest, package_folder
+from .core import digest, package_folder, version_of
 from .encoding import ENCODERS, MAX_QUERY, MAX_QUESTION, Encoded, encode, encode_sentences, encode_sides
 from .sources import resolved_revision
 from .studies import Recipe
@@ -33,12 +32,6 @@ from .text import mix_languages
 # %% ../nbs/15e_store.ipynb #747183a2
 _tokenizers: WeakKeyDictionary[Any, tuple[str, str]] = WeakKeyDictionary()
 
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
-
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A fingerprint of all that decides what ids a text gets."""
     backend = tokenizer.backend_tokenizer
@@ -46,7 +39,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
                     *(repr(getattr(backend, part)) for part in ("normalizer", "pre_tokenizer", "post_processor"))], 64)
     if _tokenizers.get(tokenizer, ("", ""))[0] != looks:
         backend.no_truncation(), backend.no_padding()
-        whole = hashlib.sha256(f"{looks} {_installed('tokenizers')} {_installed('transformers')} ".encode() + backend.to_str().encode()).hexdigest()
+        whole = hashlib.sha256(f"{looks} {version_of('tokenizers')} {version_of('transformers')} ".encode() + backend.to_str().encode()).hexdigest()
         _tokenizers[tokenizer] = looks, whole
     return _tokenizers[tokenizer][1]
 
@@ -146,7 +139,7 @@ def look(
 @lru_cache(maxsize=1)
 def _code() -> str:
     """A fingerprint of this package's code and of what reads files for it."""
-    whole = hashlib.sha256(f"{sys.version} {np.__version__} {_installed('datasets')} {_installed('pyarrow')}".encode())
+    whole = hashlib.sha256(f"{sys.version} {np.__version__} {version_of('datasets')} {version_of('pyarrow')}".encode())
     for path in sorted(package_folder().glob("*.py")):
         whole.update(f"{path.name} ".encode() + path.read_bytes())
     return whole.hexdigest()

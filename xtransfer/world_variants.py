@@ -19,7 +19,7 @@ from .tasks import MODIFIERS, TASKS, Task
 from .world import CLASS_OF, CONVERSE, SLOTS, SYNONYM, TYPOLOGIES, VERBS, WORLD_LANGUAGES, WORLD_SEED, Clause, Entity, Word, say, text_of
 from .world_meanings import RELATIVES, Utterance, canonical
 from .world_tasks import (
-    DRAWN, ENGLISH_TASKS, SIZES, UNANSWERABLE, WORLD_TASKS, draw_choice, draw_inference, draw_quiz, draw_sentence, say_option, say_row, task_editor, world_rows)
+    DRAWN, ENGLISH_TASKS, SIZES, UNANSWERABLE, WORLD_TASKS, draw_choice, draw_inference, draw_quiz, draw_sentence, say_row, task_editor, world_rows)
 
 # %% ../nbs/07a_world_variants.ipynb #94c8e7c2
 @dataclass(frozen=True, kw_only=True)

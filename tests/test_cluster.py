@@ -307,8 +307,8 @@ def test_interrupted_it_stops_everything_and_says_how_to_go_on(tmp_path, toy_out
 
 
 @pytest.mark.slow
-def test_on_a_real_slurm_a_killed_driver_is_started_again(tmp_path, toy_outputs):
-    """Two nodes with stand-in GPUs: the driver is killed while a job runs, and the job is not disturbed by the next start."""
+def test_on_a_real_slurm_a_stopped_and_a_killed_driver_are_started_again(tmp_path, toy_outputs):
+    """Two nodes with stand-in GPUs: Ctrl-C cancels the jobs; then the driver is killed while a job runs, and the job is not disturbed by the next start."""
     import yaml
 
     if reason := slurm.missing():
@@ -319,8 +319,15 @@ def test_on_a_real_slurm_a_killed_driver_is_started_again(tmp_path, toy_outputs)
     (tmp_path / "profile" / "config.yaml").write_text(yaml.safe_dump(settings))
     asked = (*SNAKEMAKE, "--outputs", tmp_path / "o", "--executor-profile", tmp_path / "profile", "--gpus", 1, "--job-minutes", 0)
     with slurm.cluster(tmp_path / "slurm"):
-        first = command(*asked)
+        stopped = command(*asked)
         wait(lambda: jobs_begun(tmp_path / "o"))
+        os.kill(stopped.pid, signal.SIGINT)
+        code, out, err = finished(stopped, 90)
+        assert code == 130 and "same command" in err, out + err
+        wait(lambda: not slurm.said("squeue", "-h"), 20)
+        begun = jobs_begun(tmp_path / "o")
+        first = command(*asked)
+        wait(lambda: jobs_begun(tmp_path / "o") > begun)
         first.kill()
         first.wait()
         assert not [p for p in slurm.processes().values() if "snakemake.cli" in p[1] and str(tmp_path) in p[1]], "Snakemake outlives its driver"
@@ -329,5 +336,6 @@ def test_on_a_real_slurm_a_killed_driver_is_started_again(tmp_path, toy_outputs)
         assert code == 0, out + err + (tmp_path / "slurm" / "slurmctld.log").read_text()[-3000:]
     same(tmp_path / "o", toy_outputs)
     table = job_table(tmp_path / "o")
-    assert table["plan"].nunique() > 1 and not (table["state"] == "failed").any() and list(table["state"]).count("running") == 0
+    later = table[table["plan"] != table["plan"].iloc[0]]  # the jobs of the first start were cancelled
+    assert later["plan"].nunique() > 1 and (later["state"] == "done").all() and not (table["state"] == "failed").any()
     assert (table["gpus"].isin(["0", "1"])).all() and (table["node"].isin(["n1", "n2"])).all() and table["scheduler"].nunique() >= 4

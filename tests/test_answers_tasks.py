@@ -57,12 +57,12 @@ def test_schedules_with_a_known_difference(effect, words, rule):
     assert abs(found["gain"][2] - (found["gain"][0] - found["gain"][1])) < 1e-9 and found["low"][2] - 0.5 < 2 * effect < found["high"][2] + 0.5
 
 
-@pytest.mark.parametrize("p_holm, words", [(0.01, "better than the target alone"), (0.05, "is not told from the target alone (p 0.05)"), (float("nan"), "is not told from the target alone")])
+@pytest.mark.parametrize("p_holm, words", [(0.01, "better than the target alone"), (0.05, "not after Holm's correction (p 0.05)")])
 def test_the_best_of_many_is_better_only_after_the_correction(p_holm, words):
     study = STUDIES["multitask"].build("mini")
     findings = find(study, simulate(study, lambda arm, target: 5.0 * (arm != "target only")))
     said = schedules_sentence(study, schedule_rows(study, findings).assign(p_holm=p_holm)).split(";")[0]
-    assert words in said and ("better than" in said) == (p_holm < 0.05) and "nan" not in said
+    assert words in said and ("better than" in said) == (p_holm < 0.05)
 
 
 def test_a_slope_counts_seeds_and_not_sets():

@@ -97,7 +97,7 @@ def trained(folder, **changes):
     try:
         return train(step)
     finally:
-        step._lock.release()
+        step._lock.lock.release()
 
 
 def ranks_of(folder):

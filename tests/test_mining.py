@@ -126,9 +126,10 @@ def test_what_is_no_number_is_nobodys_neighbour(tile):
     (values, places), (behind, backward) = neighbours_both_ways(one, two, 4)
     kept = np.delete(np.arange(300), 7)
     (wanted, near), (others, back) = neighbours_both_ways(one[kept], two[:139], 4)
-    assert (places[kept] == near).all() and np.array_equal(values[kept], wanted) and np.isnan(values[7]).all() and np.isnan(behind[139]).all()
-    assert (backward[:139] == kept[back]).all() and np.array_equal(behind[:139], others)
-    assert [(int(kept[i]), j, v) for i, j, v in mine_pairs(one[kept], two[:139])] == mine_pairs(one, two)
+    assert (places[kept] == near).all() and np.allclose(values[kept], wanted, atol=1e-6) and np.isnan(values[7]).all() and np.isnan(behind[139]).all()
+    assert (backward[:139] == kept[back]).all() and np.allclose(behind[:139], others, atol=1e-6)
+    left, right = mine_pairs(one[kept], two[:139]), mine_pairs(one, two)  # matrix products of other shapes: last digits may differ, and on some processors do
+    assert {(int(kept[i]), j) for i, j, _ in left} == {(i, j) for i, j, _ in right} and np.allclose(sorted(v for *_, v in left), sorted(v for *_, v in right), atol=1e-5)
     assert mine_pairs(one * np.nan, two) == [] and (nearest(one * np.nan, two) == 0).all()
 
 

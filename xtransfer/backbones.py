@@ -219,13 +219,14 @@ def _text_values(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return AutoConfig.for_model(**config).get_text_config().to_dict()
 
 def _fingerprint(folder: Path) -> str:
-    """A digest of a checkpoint's files: their names and sizes, and 64 blocks of each, which any training changes."""
+    """A digest of a checkpoint's files: their names and sizes, of weights the first megabyte and 64 blocks, which any training changes, and all of the others."""
     found = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".model", ".txt")):
-        size = path.stat().st_size
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".model", ".txt") and p.is_file()):
+        size, weights = path.stat().st_size, path.suffix in (".safetensors", ".bin")
         found.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
-            for start in {size * k // 64 for k in range(64)}:
+            found.update(file.read(2**20) if weights else file.read())
+            for start in {size * k // 64 for k in range(64)} if weights else ():
                 file.seek(start)
                 found.update(str(start).encode() + file.read(4096))
     return found.hexdigest()[:16]

@@ -242,14 +242,14 @@ def _rank_words(selection: Selection) -> tuple[str, Table | None]:
         return f"Methods cannot be compared over targets: {error}", None
     sure = found.pairs[(found.pairs["low"] > 0) | (found.pairs["high"] < 0)]
     words = f"Over {found.n_blocks} targets the methods' mean ranks (by NDCG, without the oracle) {'differ' if found.p < 0.05 else 'cannot be told apart'}: Friedman's test, p = {found.p:.3f}; by Nemenyi's test, which asks for a difference of {found.critical_difference:.1f} ranks, {some(len(sure))} of {len(found.pairs)} pairs {'differs' if len(sure) < 2 else 'differ'}."
-    return words, Table(name="selection-ranks", caption=f"Mean rank of each method over {found.n_blocks} targets, 1 is best; methods whose intervals do not overlap differ (Nemenyi).", rows=found.ranks, formats={"mean_rank": "plain:low,high"}, heads={"treatment": "method", "mean_rank": "mean rank"})
+    return words, Table(name="selection-ranks", caption=f"Mean rank of each method over {found.n_blocks} targets, 1 is best; methods whose intervals do not overlap differ (Nemenyi).", rows=found.ranks, formats={"mean_rank": "plain:low,high"}, heads={"treatment": "method", "mean_rank": "mean rank"}, note="Mean rank plus and minus half of Nemenyi's critical difference, not cut at the first and last rank.")
 
 def _selection_table(name: str, what: str, selection: Selection) -> Table:
     measures = [m for m in ("regret@1", "regret@3", "ndcg", "worst") if m in selection.table]
     formats = {m: f"{'distance' if m == 'ndcg' else 'interval' if m == 'worst' else 'plain'}:{m}_low,{m}_high" for m in measures}
     heads = {"regret@1": "Regret@1, %", "regret@3": "Regret@3, %", "ndcg": "NDCG", "worst": "worst language over a random choice, points"}
     return Table(name=name, caption=f"Methods that choose among {selection.candidates} {what}, with 95 % intervals over targets and seeds. Regret: what is lost of the best score (0 is best); NDCG: the whole order (1 is best).", rows=selection.table, formats=formats, heads=heads,
-                 note="The oracle reads the test scores: an upper bound and no method. English dev and greedy forward need every candidate trained on the target; random: mean of 20 draws.")
+                 note="The oracle reads the test scores: an upper bound and no method. English dev and greedy forward need every candidate trained on the target; random: mean of 20 draws. Intervals are Student's t and are not cut at the ends of a measure's range.")
 
 def _selection_section(selections: Mapping[str, Selection | None], embeddings: Mapping[str, Embeddings], dev: Mapping) -> Section:
     """Which method chooses well."""
@@ -261,7 +261,7 @@ def _selection_section(selections: Mapping[str, Selection | None], embeddings: M
             continue
         rows = selection.table[~selection.table["method"].isin(["oracle", "random"])]
         best, random = rows.loc[rows["regret@1"].idxmin()], selection.table[selection.table["method"] == "random"].iloc[0]
-        text.append(f"Among {selection.candidates} {what}, the smallest Regret@1 of {len(rows)} methods is that of {best['method']}, {best['regret@1']:.1f} % ({best['regret@1_low']:.1f} to {best['regret@1_high']:.1f}); a random choice loses {random['regret@1']:.1f} %.".replace("-", "−"))
+        text.append(f"Among {selection.candidates} {what}, the smallest Regret@1 of {len(rows)} methods is that of {best['method']}, {best['regret@1']:.1f} % ({best['regret@1_low']:.1f} to {best['regret@1_high']:.1f}); a random choice loses {random['regret@1']:.1f} %{'' if random['regret@1'] > best['regret@1_high'] else ', which is inside that interval'}.".replace("-", "−"))
         tables.append(_selection_table(f"selection-{name}", what, selection))
         if selection.left_out:
             text.append(f"Without measures, and so left out: {listed(list(selection.left_out))}.")

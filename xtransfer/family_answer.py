@@ -270,7 +270,7 @@ def mixed_model(rows: pd.DataFrame, formula: str, what: str) -> tuple[str, Table
     table = fit.terms.assign(term=fit.terms["term"].str.replace("[T.", " = ").str.replace("]", ""))
     resolved = table[(table["term"] != "Intercept") & ((table["low"] > 0) | (table["high"] < 0))]
     said += [f"terms whose interval excludes zero: {listed(list(resolved['term']))}" if len(resolved) else "no term's interval excludes zero"] if fit.converged else []
-    note = "Numbers are standardised, so an estimate is per standard deviation; zeros and ones are as they are. “decided by”: what the widest interval counts." + (f" Said by the software: {software}." if software else "")
+    note = "Numbers are standardised, so an estimate is per standard deviation; zeros and ones are as they are. “decided by”: what the widest interval counts." + (f" Said by the software, for one optimiser after the other (the fit that is shown is of {fit.optimizer}): {software}." if software else "")
     return "; ".join(said) + ".", Table(name="mixed-model", caption=f"Mixed model of {what}, points, with 95 % intervals: {formula}.", rows=table, note=note, formats={"estimate": "interval:low,high", "p": "p", "df": "plain"}, heads={"estimate": "estimate (95 % interval)"})
 
 def family_model(gains: pd.DataFrame, differences: pd.DataFrame) -> tuple[str, Table | None]:
@@ -354,7 +354,7 @@ def _task_section(study: Study, findings: Findings, gains: pd.DataFrame, familie
             counts = [int(chosen.sum()) for chosen in ((own["low"] > 0) | (own["high"] < 0), own["p_bh"] < 0.05, own["p_holm"] < 0.05)]
             text.append(f"{family}, {len(own)} combinations of backbone, intermediate task and target: {counts[0]} with an interval without zero, {counts[1]} after Benjamini and Hochberg's correction, {counts[2]} after Holm's.")
     for row in controls.to_dict("records"):
-        told = "too few seeds for a verdict" if row["seeds"] < 2 else "what it gives is more than its texts with shuffled labels give" if row["low"] > 0 else "it gives less than with shuffled labels" if row["high"] < 0 else "it is not told apart from its texts with shuffled labels"
+        told = "too few seeds for a verdict" if row["seeds"] < 2 else f"it scores {'higher' if row['low'] > 0 else 'lower'} than with shuffled labels (p {row['p']:.2f}, uncorrected)" if row["low"] > 0 or row["high"] < 0 else "it is not told apart from its texts with shuffled labels"
         text.append(f"{row['backbone']}, {row['intermediate']} over its shuffled control: {points_words(row)}; {told}.")
     formats = {"gain": "interval:low,high", "p": "p", "p_holm": "p", "p_bh": "p"}
     tables = [Table(name="combinations", caption="Gains of every backbone, intermediate task and target with 95 % intervals.", rows=cells, formats=formats, heads={"p_holm": "p, Holm", "p_bh": "p, Benjamini–Hochberg", "n_seeds": "seeds", "n_languages": "languages", "gain": "gain (95 % interval)"}, note="Corrected within a family of backbones.")]

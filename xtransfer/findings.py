@@ -220,7 +220,8 @@ def _cells_sentences(cells: pd.DataFrame, same_kind: frozenset[Place]) -> list[s
             lines.append("No combination helps in which the target is of another kind than all tasks of the arm.")
     helped_own = int(((decided["verdict"] == "helps") & own).sum())
     if helped_own:
-        lines.append(f"{number_word(helped_own).capitalize()} of the {counts['helps']} that {'helps' if counts['helps'] == 1 else 'help'} {'trains' if helped_own == 1 else 'train'} on a task of the target's own kind, where more English data of that kind may be all there is to it.")
+        which = "The one that helps" if counts["helps"] == 1 else f"{number_word(helped_own).capitalize()} of the {counts['helps']} that help"
+        lines.append(f"{which} {'trains' if helped_own == 1 else 'train'} on a task of the target's own kind, where more English data of that kind may be all there is to it.")
     return lines
 
 def _other_sentences(rows: pd.DataFrame) -> list[str]:
@@ -261,7 +262,7 @@ def summary(findings: Findings) -> str:
     elif len(gains):
         ending = f"{_some(counts['helps'], 'of them helps', 'of them help')} and {_some(counts['hurts'], 'hurts', 'hurt')}"
     else:
-        ending = f"{_some(sum(counts.values()), 'of them excludes', 'of them exclude')} zero"
+        ending = f"{_some(sum(counts.values()), 'of them excludes', 'of them exclude')} zero, uncorrected for their number"
     lacking = len(chosen) - len(measured)
     return f"On average over {scope(findings)}, {single} {points_words(best)}; {ending}{f', and {number_word(lacking)} could not be compared' if lacking else ''}."
 

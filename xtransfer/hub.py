@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urljoin, urlsplit
 
 from .core import XtransferError, write_json, write_text
 
@@ -173,7 +174,7 @@ class _Question:
 _question = _Question()
 
 def _check_answer(answer: Any) -> None:
-    """Refuse an answer that asks for too much, or whose file or commit is named by what is no hash.
+    """Refuse an answer that asks for too much, leads to another server's list, or whose file or commit is named by what is no hash.
 
     Raises: Refused or Damaged.
     """
@@ -183,6 +184,9 @@ def _check_answer(answer: Any) -> None:
         if asked > _question.patience or _question.waits[thread] > WAITS * _question.patience:
             raise Refused(f"the hub answers {answer.status_code} and asks to wait {_question.waits[thread]:,.0f} seconds in all")
     if (page := answer.links.get("next", {}).get("url")) is not None:
+        here, there = urlsplit(str(answer.request.url)), urlsplit(urljoin(str(answer.request.url), page))
+        if (here.scheme, here.netloc.rpartition("@")[2]) != (there.scheme, there.netloc):  # the client would take the user's token there
+            raise Refused(f"the hub continues its list of files on another server, {ascii(there.netloc)[:80]}")
         _question.pages[page] += 1
         if _question.pages[page] > 10 or _question.pages.total() > MOST_PAGES:  # a list is read more than once
             raise Refused("the hub's list of files has no end")

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 
 from .attention import GROUPED, LengthGroups, neighbours
 from .backbones import FAMILIES, Backbone, Family, checkpoint_folder, no_safetensors
-from .core import Interrupted, XtransferError, derive_seed
+from .core import Interrupted, XtransferError, derive_seed, read_json
 from .encoding import Batch, special_affixes
 from .heads import HEADS, TEXT_HEADS, LanguageModelHead, LayerMix, pool
 from .hub import first_lines
@@ -92,11 +92,16 @@ def _own_folder(backbone: Backbone) -> str:
 
     Raises: XtransferError when they cannot be had, or are not safetensors.
     """
-    if backbone.folder is None:
-        return str(checkpoint_folder(backbone, backbone.checkpoint, weights=True))
-    if Path(backbone.folder).is_dir() and not any(Path(backbone.folder).glob("*.safetensors")):
-        raise XtransferError(no_safetensors(backbone.folder, backbone.name))
-    return backbone.folder
+    folder = Path(backbone.folder or checkpoint_folder(backbone, backbone.checkpoint, weights=True))
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise XtransferError(no_safetensors(str(folder), backbone.name))
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        said = read_json(index)
+        places = said.get("weight_map") if isinstance(said, dict) else said
+        strange = [file for file in (places.values() if isinstance(places, dict) else [places]) if not (isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors"))]
+        if strange:
+            raise XtransferError(f"{index} names {ascii(strange[0])[:80]} among the files of the weights; only safetensors of the same folder are opened.")
+    return str(folder)
 
 def _written_class(folder: str) -> Any:
     """The class of the model that a stage wrote: one of transformers, whatever the file says."""

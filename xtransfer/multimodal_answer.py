@@ -172,7 +172,7 @@ def tower_model(study: Study, gains: pd.DataFrame) -> tuple[str, Table | None]:
     crossed = table[table["term"].str.contains(":") & ((table["low"] > 0) | (table["high"] < 0))]
     said = f"The model gain ~ modality × intermediate data, with crossed deviations of targets, languages and seeds, converged on {fit.n:,} gains; interactions whose interval excludes zero: {listed(list(crossed['term'])) if len(crossed) else 'none'}."
     said += f" {alone:,} gains had no partner and were left out." * (alone > 0)
-    note = "“decided by”: what the widest interval counts." + (f" Said by the software: {'; '.join(fit.warnings)}." if fit.warnings else "") + (" A variance is estimated at zero." if fit.singular else "")
+    note = "“decided by”: what the widest interval counts." + (f" Said by the software, for one optimiser after the other (the fit that is shown is of {fit.optimizer}): {'; '.join(w.rstrip('.') for w in fit.warnings)}." if fit.warnings else "") + (" A variance is estimated at zero." if fit.singular else "")
     return said, Table(name="mixed-model", caption="Mixed model of the gains of towers and parents, points, with 95 % intervals; compared with text-only backbones and English data.", rows=table, note=note, formats={"estimate": "interval:low,high", "p": "p", "df": "plain"}, heads={"estimate": "estimate (95 % interval)"})
 
 # %% ../nbs/13i_multimodal_answer.ipynb #f8155c87
@@ -223,7 +223,7 @@ def _steps_section(rows: pd.DataFrame) -> list[Section]:
         sure = own[((own["low"] > 0) | (own["high"] < 0)) & (own["seeds"] > 1)]
         text.append(f"- {of.capitalize()}: {listed([f'{row.step} ({row.what}) {interval_words(row._asdict())}' for row in sure.itertuples()]) if len(sure) else 'no step excludes zero' if (own['seeds'] > 1).all() else 'one seed, no verdict'}.")
     apart = rows[(rows["of"] == "towers − parents") & ((rows["low"] > 0) | (rows["high"] < 0)) & (rows["seeds"] > 1)]
-    text.append(f"- Towers and parents differ in {listed(list(apart['step'])) if len(apart) else 'no step'}.")
+    text.append(f"- Towers and parents are told apart in {listed(list(apart['step'])) if len(apart) else 'no step'}.")
     table = Table(name="steps", caption="What a step in the language or origin of the intermediate data changes on the trained targets, points, with 95 % intervals.", rows=rows, formats={"gain": ("interval" if rows["seeds"].max() > 1 else "signed") + ":low,high", "p": "p"}, heads={"gain": "change (95 % interval)", "what": "what it tells"})
     plate = Plate(chart=plot_steps(rows), caption="Steps in the intermediate data, for towers and for parents, with 95 % intervals.", description=f"{rows['step'].nunique()} steps with two marks each; the largest is {points_words(rows.loc[rows['gain'].abs().idxmax()])}, {rows.loc[rows['gain'].abs().idxmax(), 'step']}, {rows.loc[rows['gain'].abs().idxmax(), 'of']}.")
     return [Section(heading="The language, or the traits of translation?", text=tuple(text), figures=(plate,), tables=(table,))]

@@ -60,6 +60,8 @@ def resolved(row: Mapping[str, Any], above: str, below: str) -> str:
     if row["seeds"] < 2:
         return "too few complete seeds for a verdict"
     if row["low"] > 0 or row["high"] < 0:
+        if row.get("p_holm", 0.0) >= 0.05:  # one of several that were compared, perhaps chosen for its size
+            return f"its interval excludes zero, but not after Holm's correction (p {row['p_holm']:.2f})"
         return above if row["low"] > 0 else below
     return f"not resolved; a difference beyond {max(abs(row['low']), abs(row['high'])):.1f} points is excluded"
 
@@ -236,10 +238,7 @@ def schedules_sentence(study: Study, table: pd.DataFrame) -> str:
     expected = len({cell.target for cell in study.cells if "@" not in cell.target})
     targets = f"{number_word(best['targets'])} full target{'s' * (best['targets'] != 1)}" + f" of {number_word(expected)} so far" * (best["targets"] < expected)
     scope = f"{'In a synthetic world, over' if study.profile in ('smoke', 'mini') else 'Over'} {targets} and {number_word(best['languages'])} zero-shot language{'s' * (best['languages'] != 1)}, all with the same number of updates"
-    verdict = resolved(best, "better than the target alone", "worse than the target alone")
-    if best["seeds"] > 1 and (best["low"] > 0 or best["high"] < 0) and not best["p_holm"] < 0.05:  # it was chosen for being the largest
-        verdict = f"its interval excludes zero, but after Holm's correction for all that were compared it is not told from the target alone" + f" (p {best['p_holm']:.2f})" * bool(np.isfinite(best["p_holm"]))
-    parts = [f"the best of {number_word(among)} schedule{'s' * (among != 1)} against the target alone is “{best['treatment']}” with {points_words(best)}: {verdict}"]
+    parts = [f"the best of {number_word(among)} schedule{'s' * (among != 1)} against the target alone is “{best['treatment']}” with {points_words(best)}: {resolved(best, 'better than the target alone', 'worse than the target alone')}"]
     for words, pair, above, below in (("training together instead of one after the other", PAIRS[0], "together is better", "one after the other is better"),
                                       ("training after many tasks instead of one", ("multi, then target", "sequential"), "after many is better", "after one is better")):
         row = find_row(table, *pair)
@@ -311,7 +310,7 @@ def _english_section(study: Study, findings: Findings, table: pd.DataFrame) -> S
     text = []
     if len(against) and against["seeds"].max() > 1:
         apart = [int(((against[low] > 0) | (against[high] < 0)).sum()) for low, high in (("english_low", "english_high"), ("low", "high"))]
-        text.append(f"In English, {some(apart[0])} of {len(against)} schedules {'is' if apart[0] < 2 else 'are'} told from the target alone, in the zero-shot languages {some(apart[1])}; without any effect about one in twenty would be.")
+        text.append(f"In English, {some(apart[0])} of {len(against)} schedules {'has an interval that excludes' if apart[0] < 2 else 'have intervals that exclude'} zero against the target alone, in the zero-shot languages {some(apart[1])}; without any effect about one in twenty would be.")
     if len(rows) > 1:
         text.append(f"Over the schedules, mean English scores go from {rows['english'].min():.1f} to {rows['english'].max():.1f}, zero-shot scores from {rows['zero_shot'].min():.1f} to {rows['zero_shot'].max():.1f}, and the transfer gap from {rows['gap'].min():.1f} to {rows['gap'].max():.1f} points.")
     if rows.empty:

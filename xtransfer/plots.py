@@ -285,7 +285,8 @@ def plot_gain_by_distance(
         rows = means[(means["treatment"] == contrast[0]) & (means["baseline"] == contrast[1])].sort_values("distance")
         axes.axhline(0, color=FAINT, linewidth=1)
         axes.scatter(rows["distance"], rows["gain"], s=20, color=[colours[short_label(*contrast)]], zorder=3)
-        axes.set_title(contrast_label(*contrast), fontsize=STYLE["small"] + 0.5, loc="left", color=INK, weight="bold")
+        label = contrast_label(*contrast)
+        axes.set_title(label.replace(" vs ", "\nvs ") if len(label) > 26 else label, fontsize=STYLE["small"] + 0.5, loc="left", color=INK, weight="bold")
         _tidy(axes)
     grid.flat[0].margins(x=0.12, y=0.18)
     for axes, contrast in zip(grid.flat, contrasts):

@@ -119,7 +119,7 @@ def others_section(findings: Findings) -> list[Section]:
 def words_section(findings: Findings) -> Section:
     """The verdicts in words."""
     text = [line for heading, lines in answer(findings) for line in (f"{heading}:", *(f"- {one}" for one in lines))]
-    return Section(heading="The verdicts in words", text=("A gain helps or hurts only when its interval excludes zero; “not resolved” and “no effect” are different findings.", *text))
+    return Section(heading="The verdicts in words", text=("A gain helps or hurts here when its own interval excludes zero, without correction for how many gains there are; what holds after a correction stands above, where the study makes one. “Not resolved” and “no effect” are different findings.", *text))
 
 # %% ../nbs/14_report.ipynb #8e1e1e2d
 def seeds_section(findings: Findings) -> list[Section]:

@@ -297,7 +297,7 @@ def _multiverse_section(study: Study, matrices: LanguageMatrices, distance: np.n
         text.append(f"These languages have one kind of distance ({next(iter(kinds))}), so only covariates vary.")
     if len(explained):
         best = explained.loc[explained["partial_r2"].idxmax()]
-        text.append(f"Of what the others leave, {best['term']} explains most ({100 * best['partial_r2']:.0f} %, p = {best['p']:.3f}).")
+        text.append(f"Of what the others leave, {best['term']} explains most ({100 * best['partial_r2']:.0f} %, p = {best['p']:.3f})." if best["partial_r2"] >= 0.005 else "Of distance and covariates, none explains half a percent of what the others leave.")
         tables.append(_slope_table("explained", "Distance and covariates, each beside all others: points of gain per standard deviation, and the share of what the others leave that it explains.", explained, "text in pretraining: logarithm of the amount, in the world of the share of the corpus. same script: as English."))
     if matrices.other_baseline is None:
         text.append("Baseline strength is no covariate here: with one seed there are no other seeds that it could come from.")

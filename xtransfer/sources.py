@@ -23,6 +23,7 @@ from typing import Any
 
 from .core import XtransferError, read_json, write_json
 from .hub import COMMIT, Damaged, OtherVersion, ask_commit, first_lines, hub_said, is_repository, is_transient, is_unanswered, known_commit, patiently, remove_damaged
+from .tables import local_split, with_label_names
 
 # %% ../nbs/02a_sources.ipynb #823ec2f6
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +202,8 @@ def hub_rows(
     commit = "" if folder else asked_commit(source)
     where = f"{folder}, which stands in for {source.repo}" if folder else f"revision {source.revision}{f' at {commit}' if commit != source.revision else ''}"
     try:
-        data = _local_split(folder, config, split) if folder else _marked_split(source.repo, config, split, commit)
-        data = _hub_split(source.repo, config, split, commit) if data is None else data
+        data = local_split(folder, config, split, folder_digest(folder)) if folder else _marked_split(source.repo, config, split, commit)
+        return with_label_names(_hub_split(source.repo, config, split, commit) if data is None else data)
     except XtransferError:
         raise
     except Exception as error:  # the client raises a dozen kinds; all mean the same to the user
@@ -210,7 +211,6 @@ def hub_rows(
             raise _to_be_put(source, error) from error
         obtain = f"; {source.obtain}" if source.obtain else ""
         raise XtransferError(f"the data set {source.repo} (configuration {config}, split {split}, {where}) cannot be loaded: {first_lines(error) if folder else hub_said(error)}{obtain}.") from error
-    return _with_label_names(data)
 
 def _hub_split(repo: str, config: str | None, split: str, commit: str) -> Any:
     """A split from the hub at a commit, from files with the right hashes.
@@ -306,28 +306,6 @@ def verify_cached(
             removed += sorted(mark["tables"])
             shutil.rmtree(folder, ignore_errors=True)
     return removed
-
-# %% ../nbs/02a_sources.ipynb #4f3b97cd
-def _local_split(folder: Path, config: str | None, split: str) -> Any:
-    """A split of a local copy: in the hub's layout, or with one folder a configuration and no card."""
-    import datasets
-
-    if config is not None and (folder / config).is_dir() and not (folder / "README.md").exists():
-        return datasets.load_dataset(str(folder / config), split=split)
-    return datasets.load_dataset(str(folder), config, split=split)
-
-def _with_label_names(data: Any) -> Sequence[Row]:
-    """A `datasets.Dataset` as a list of rows whose class labels are names."""
-    import datasets
-
-    columns = {name: data[name][:] for name in data.column_names}
-    for name, feature in data.features.items():
-        inner = getattr(feature, "feature", None)
-        if isinstance(feature, datasets.ClassLabel):
-            columns[name] = [feature.names[v] if v is not None and v >= 0 else None for v in columns[name]]
-        elif isinstance(inner, datasets.ClassLabel):
-            columns[name] = [[inner.names[v] for v in values] for values in columns[name]]
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 # %% ../nbs/02a_sources.ipynb #011d25ca
 class Loader:

@@ -331,8 +331,9 @@ def _retrieval_section(study: Study, findings: Findings, scores: pd.DataFrame) -
     if sure and "centred" in measures:
         up, down = rows["raw low"] > 0, rows["raw high"] < 0
         gone = rows[up & ~(rows["centred low"] > 0) | down & ~(rows["centred high"] < 0)]
-        one = len(gone) == 1
-        text.append(f"Geometry: the raw change{'s' * (not one)} of {listed(list(gone['arm']))} {'is' if one else 'are'} not resolved in the same direction once each language is centred, and may be no more than a shift of the languages' means." if len(gone)
+        one, smaller = len(gone) == 1, gone[gone["centred"].abs() < gone["raw"].abs()]
+        shift = "; none of these changes is smaller after centring, only less certain" if smaller.empty else f"; {'it' if one else listed(list(smaller['arm']))} may be no more than a shift of the languages' means"
+        text.append(f"Geometry: the raw change{'s' * (not one)} of {listed(list(gone['arm']))} {'is' if one else 'are'} not resolved in the same direction once each language is centred{shift}." if len(gone)
                     else "Geometry: every resolved raw change stays when each language is centred." if (up | down).any() else "Geometry: no arm has a resolved raw change that centring could explain.")
     text.append("Nothing is trained for retrieval. " + ("Whitened scores are compared between encoders only: the step from raw to whitened scores of one encoder says nothing of transfer." if "whitened" in measures else "Whitened scores are not in all records."))
     table = Table(name="retrieval-arms", caption=f"Retrieval gains over no intermediate training, mean over {_counts(len(findings.retrieval), 'retrieval target')}, by measurement of the same vectors, points.", rows=rows, formats={m: f"{'interval' if sure else 'signed'}:{m} low,{m} high" for m in measures}, heads={m: f"{m} gain" for m in measures})
@@ -348,12 +349,12 @@ def _variants_section(rows: pd.DataFrame, controls: pd.DataFrame) -> list[Sectio
         told = "with one seed there is no verdict" if row["seeds"] < 2 else "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "not told apart"
         own = controls[(controls["arm"] == row["arm"]) & ((controls["what"] == "MLM alone") if row["kind"] == "continued MLM" else (controls["what"] != "MLM alone"))]
         over = f" Its control{'s' * (len(own) != 1)}: {listed([f'over {c.control} {interval_words(c._asdict())}' for c in own.itertuples()])}." if len(own) else " It has no control of its own here."
-        sign = "" if pd.isna(row["p_sign"]) else f", sign test over targets p = {row['p_sign']:.2f}"
+        sign = "" if pd.isna(row["p_sign"]) else f" (sign test over cells, whole targets flipped together: p = {row['p_sign']:.2f})"
         text.append(f"- {row['arm']} over {row['english']}: {points_words(row)}, {told}; ahead in {row['cells_ahead']} of {row['cells']} cells of a target and a language, and on {row['targets_ahead']} of {row['targets']} targets{sign}.{over}")
     if (rows["kind"] == "translated").any():
         text.append("Whether translated data work by their language or by the traits of translation is asked in the study multimodal, which has a round trip.")
     table = Table(name="variants", caption="Continued MLM and translated data against the same tasks in English alone, trained targets, points.", rows=rows, formats={"gain": ("interval" if rows["seeds"].max() > 1 else "signed") + ":low,high", "p_sign": "p"},
-                  heads={"gain": "difference (95 % interval)", "p_sign": "p, sign test over targets", "english": "in English"}, note="A cell is a target and a language, averaged over seeds.")
+                  heads={"gain": "difference (95 % interval)", "p_sign": "p, sign test over cells", "english": "in English"}, note="A cell is a target and a language, averaged over seeds. In the sign test the cells of a target change their signs together.")
     return [Section(heading="Continued MLM and translated data", text=tuple(text), tables=(table,))]
 
 def answer_stilts(study: Study, findings: Findings, scores: pd.DataFrame, outputs: Path) -> Answer:

@@ -7,20 +7,24 @@ __all__ = ['ALGORITHM_VERSION', 'Template', 'TEMPLATES', 'PROFILES', 'STUDIES', 
            'Cell', 'Contrast', 'Inapplicable', 'lineage', 'limited', 'Study', 'not_applicable', 'StudyDeclaration',
            'intermediate_cells', 'with_seeds', 'load_declarations']
 
-# %% ../nbs/09_studies.ipynb #02ddf121
+# %% ../nbs/09_studies.ipynb #28c30e6c
 import re
 import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .backbones import BACKBONES, unsuitable
 from .core import Registry, XtransferError, check_name, digest, nearest
 from .tasks import PRETRAINING_FORMATS, TASKS, UNTRAINED_FORMATS
 
-# %% ../nbs/09_studies.ipynb #9b9498f6
+# %% ../nbs/09_studies.ipynb #e8b56a33
+_LIMITS = {**dict.fromkeys(("learning_rate", "epochs", "weight_decay", "adam_epsilon", "max_grad_norm", "perturbation_size", "lora_alpha"), (Real, 0, 1e38)), **dict.fromkeys(("warmup", "mask_probability", "pair_mask_probability"), (Real, 0, 1)),
+           **dict.fromkeys(("stride", "evaluations", "lora_rank", "lora_layers", "average_checkpoints"), (Integral, 0, 2**31)), **dict.fromkeys(("batch_size", "max_steps", "max_length", "max_answer_length", "dev_limit", "average_runs"), (Integral, 1, 2**31))}
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Hyperparameters of one stage."""
@@ -55,12 +59,22 @@ class Recipe:
     average_runs: int = 1  # trainings with other data orders and the same new heads, of which the average is the result (arXiv 2305.16834)
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them; changes memory and time, not results
 
+    def __post_init__(self) -> None:
+        for name, (kind, low, high) in _LIMITS.items():
+            for value in given if isinstance(given := getattr(self, name), (tuple, list)) else (given,):
+                if (value is not None or name != "max_steps") and (isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high):
+                    raise XtransferError(f"the recipe {self.name!r} has {name} = {ascii(value)[:60]}; accepted: {'whole numbers' if kind is Integral else 'numbers'} from {low:g} to {high:g}.")
+        for name in ("selection", "perturbation", "precision", "gradients"):
+            if getattr(self, name) not in (accepted := get_args(type(self).__annotations__[name])):
+                raise XtransferError(f"the recipe {self.name!r} has {name} = {ascii(getattr(self, name))[:60]}{nearest(str(getattr(self, name)), accepted)}; accepted: {', '.join(accepted)}.")
+
     @property
     def identity(self) -> dict[str, Any]:
         """The numbers that determine a result; fields that came later count when they are set."""
         later = ("layer_mix", "perturbation", "perturbation_size", "lora_rank", "lora_alpha", "lora_layers", "precision", "gradients", "average_checkpoints", "average_runs")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "source", "gradient_checkpointing") and not (f.name in later and getattr(self, f.name) == f.default)}
 
+# %% ../nbs/09_studies.ipynb #3249c8a3
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
     """How often each task of a stage is drawn: p_i proportional to min(n_i, cap) ** (1 / temperature)."""
@@ -75,8 +89,7 @@ class Mixing:
         """The sampling probabilities of a mixture of tasks."""
         if not sizes or min(sizes) < 1:
             raise XtransferError(f"mixing needs at least one example of every task; the sizes are {list(sizes)}.")
-        weights = {"proportional": lambda n: float(n), "capped": lambda n: float(min(n, self.cap)),
-                   "temperature": lambda n: n ** (1 / self.temperature), "uniform": lambda n: 1.0}
+        weights = {"proportional": lambda n: float(n), "capped": lambda n: float(min(n, self.cap)), "temperature": lambda n: n ** (1 / self.temperature), "uniform": lambda n: 1.0}
         if self.kind not in weights:
             raise XtransferError(f"unknown mixing {self.kind!r}{nearest(self.kind, weights)}; accepted: {', '.join(weights)}.")
         drawn = [weights[self.kind](n) for n in sizes]

@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from .core import MOST_NAMES, Registry, XtransferError, check_name, digest, nearest
+from .core import MOST_NAMES, Registry, XtransferError, check_name, digest, nearest, one_line
 from .sources import Row, Source, local_copy
 
 # %% ../nbs/03_tasks.ipynb #9f48bf75
@@ -314,7 +314,7 @@ def nearest_occurrence(
     start: int,  # character offset that the row claims
 ) -> int | None:  # offset of the occurrence nearest to the claim; None when the answer does not occur
     """Where an answer really stands in its context."""
-    if context[start:start + len(answer)] == answer:
+    if start >= 0 and context[start:start + len(answer)] == answer:
         return start
     found, position = [], context.find(answer)
     while position >= 0:
@@ -411,7 +411,10 @@ def load_examples(
         raise XtransferError(f"task {task.name} was asked for the split {split!r}{nearest(split, SPLITS)}; splits are: {', '.join(SPLITS)}.")
     if task.format not in COLUMNS:
         raise XtransferError(f"task {task.name} has the format {ascii(task.format)[:80]}{nearest(task.format, FORMATS)}; formats are: {', '.join(FORMATS)}.")
-    raw = task.load(language, split)
+    try:
+        raw = task.load(language, split)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:  # of a loader that met what it did not expect in a file
+        raise XtransferError(f"the {split} split of task {task.name} in {language} cannot be read from {task.source.repo}: {type(error).__name__}: {one_line(str(error))}.") from error
     expected = task.published(language, split)
     if not len(raw):
         raise XtransferError(f"the {split} split of task {task.name} in {language} is empty; {expected or 'some'} rows were expected from {task.source.repo}.")

@@ -37,8 +37,8 @@ def chosen_study(
     if arguments.backbone:
         study = study.with_backbone(arguments.backbone)
     if arguments.seeds:
-        if not all(part.strip().isdecimal() for part in arguments.seeds.split(",")):
-            raise XtransferError(f"--seeds is {arguments.seeds!r}; it takes whole numbers with commas between them, such as 3,4,5.")
+        if not all(part.strip().isdecimal() and len(part.strip()) < 10 for part in arguments.seeds.split(",")):
+            raise XtransferError(f"--seeds is {arguments.seeds[:100]!r}; it takes whole numbers with commas between them, such as 3,4,5.")
         study = with_seeds(study, [int(part) for part in arguments.seeds.split(",")])
     languages = tuple(code.strip() for code in arguments.languages.split(",")) if arguments.languages else ()
     return study.with_limits(arguments.train_limit, arguments.score_limit, languages)

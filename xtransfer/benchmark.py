@@ -101,8 +101,9 @@ def read_content(path: Path) -> Any:
     """The content of a JSON file; what is under `data`, where there is such a key. Source: google-research/xtreme, evaluate.py, read_squad."""
     try:
         value = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise XtransferError(f"{path} is no valid JSON (line {error.lineno}: {error.msg}).") from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise XtransferError(f"{path} is no valid JSON ({where}).") from error
     return value["data"] if isinstance(value, dict) and "data" in value else value
 
 def read_json_labels(path: Path) -> list[Any]:
@@ -111,7 +112,7 @@ def read_json_labels(path: Path) -> list[Any]:
     for number, line in enumerate(read_lines(path), start=1):
         try:
             found.append(json.loads(line)["label"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise XtransferError(f"line {number} of {path} is no JSON object with a `label`: {line[:60]!r}.") from error
     return found
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .core import XtransferError, nearest
+from .core import XtransferError, full_path, nearest
 from .seals import is_whole, with_checksum
 
 # %% ../nbs/14l_cache.ipynb #342190ef
@@ -34,7 +34,7 @@ def store_folder() -> Path:
     """Where entries are kept; it need not exist."""
     given, home = os.environ.get(CACHE_VARIABLE), Path.home()
     platform = home / "Library/Caches" if sys.platform == "darwin" else Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local") if os.name == "nt" else Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return (Path(given).expanduser().resolve() if given else platform / "xtransfer") / "store"
+    return (full_path(given) if given else platform / "xtransfer") / "store"
 
 def store_limit() -> int:  # bytes
     """How much the store may hold.

@@ -18,7 +18,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from .core import XtransferError, nearest, one_line, plainly
+from .core import XtransferError, full_path, nearest, one_line, plainly
 
 # %% ../nbs/22_cli.ipynb #b7d941f5
 class _Parser(argparse.ArgumentParser):
@@ -442,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from xtransfer.sources import DATA_VARIABLE
             if not Path(arguments.data).is_dir() and arguments.command != "fetch":
                 raise XtransferError(f"the data folder {arguments.data} does not exist; `xtransfer fetch STUDY --data {arguments.data}` makes one.")
-            os.environ[DATA_VARIABLE] = str(Path(arguments.data).resolve())
+            os.environ[DATA_VARIABLE] = str(full_path(arguments.data))
         with redirect_stdout(Plainly(sys.stdout)):
             return HANDLERS[arguments.command](arguments)
     except BrokenPipeError:  # as of `| head`: what was to be shown is shown, what was to be done is not done

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LONGEST_NAME', 'LONGEST_SENTENCE', 'T', 'MOST_NAMES', 'DEEPEST', 'XtransferError', 'Interrupted', 'nearest',
            'check_name', 'plainly', 'one_line', 'Registry', 'plain', 'digest', 'version_of', 'derive_seed',
-           'end_with_parent', 'package_folder', 'write_bytes', 'write_text', 'write_json', 'read_json', 'lock_file']
+           'end_with_parent', 'package_folder', 'write_bytes', 'write_text', 'write_json', 'read_json', 'full_path',
+           'lock_file']
 
 # %% ../nbs/00_core.ipynb #1c7df696
 import ctypes
@@ -212,7 +213,7 @@ def package_folder() -> Path:
     """The folder of the imported package."""
     return Path(importlib.util.find_spec("xtransfer").origin).resolve().parent
 
-# %% ../nbs/00_core.ipynb #233de486
+# %% ../nbs/00_core.ipynb #5b765d9c
 def _here() -> str:
     """The name of this machine, since others may write into the same folder."""
     return os.uname().nodename if hasattr(os, "uname") else ""
@@ -237,6 +238,8 @@ def write_bytes(
     Raises: XtransferError when the folder cannot be written or the disk is full.
     """
     path = Path(path)
+    if not path.name or path.is_dir():
+        raise XtransferError(f"cannot write {str(path)!r}, which is a folder; name a file.")
     part = path.with_name(f".{path.name}.{_here()}-{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,6 +293,19 @@ def read_json(path: str | Path) -> Any:
         raise XtransferError(f"{path} is damaged (it holds a number with more digits than are read); delete it or restore it.") from error
     except RecursionError as error:
         raise XtransferError(f"{path} is damaged (it is nested more than {DEEPEST} levels deep); delete it or restore it.") from error
+
+# %% ../nbs/00_core.ipynb #c0e79a57
+def full_path(
+    path: str | Path,  # as somebody wrote it, perhaps with ~ at its beginning
+) -> Path:
+    """A path from the root, without links.
+
+    Raises: XtransferError for links that lead in a circle, the home of a user who does not exist, or a text that is no path.
+    """
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise XtransferError(f"{ascii(str(path))[:200]} is no path that leads anywhere: {error}.") from error
 
 # %% ../nbs/00_core.ipynb #198ab3cd
 def lock_file(

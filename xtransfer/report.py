@@ -23,7 +23,7 @@ import xtransfer.multitask_answer  # noqa: F401
 import xtransfer.similarity_answer  # noqa: F401
 import xtransfer.stilts_answer  # noqa: F401
 from .analysis import AVERAGES
-from .core import XtransferError, plainly, write_text
+from .core import XtransferError, full_path, plainly, write_text
 from .findings import Findings, answer, find, listed, summary, terminal_table, trained_languages
 from .languages import LANGUAGES, distance_to_english
 from .page import data_link, figure_view, render
@@ -389,8 +389,8 @@ def study_report(
 
     Raises: XtransferError when there is nothing to report, or a record is damaged.
     """
-    outputs = Path(outputs).resolve()
-    folder = Path(folder).resolve() if folder else outputs / "reports"
+    outputs = full_path(outputs)
+    folder = full_path(folder) if folder else outputs / "reports"
     records, missing = study_records(study, outputs)
     failures = _failures(missing, outputs)
     scored = any(record.scores for record in records.values())

@@ -160,7 +160,7 @@ _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"
 
 def latex_text(text: str) -> str:
     """Text in which nothing is a LaTeX command."""
-    return "".join(_LATEX.get(character, character) for character in text if character == "\n" or unicodedata.category(character) not in ("Cc", "Cs"))
+    return "".join(_LATEX.get(character, character) for character in plainly(text) if character == "\n" or unicodedata.category(character) not in ("Cc", "Cs"))
 
 def latex_table(table: "Table", label: str) -> str:
     """A table as it is shown, in booktabs or, where it is long, in a longtable."""

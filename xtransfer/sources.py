@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .core import XtransferError, read_json, write_json
+from .core import XtransferError, full_path, read_json, write_json
 from .hub import COMMIT, Damaged, OtherVersion, ask_commit, first_lines, hub_said, is_repository, is_transient, is_unanswered, known_commit, patiently, remove_damaged
 from .tables import local_split, with_label_names
 
@@ -57,7 +57,7 @@ DATA_VARIABLE = "XTRANSFER_DATA"
 
 def data_folder() -> Path:
     """The folder of local copies, users' files and pins; it need not exist."""
-    return Path(os.environ.get(DATA_VARIABLE) or "data").resolve()
+    return full_path(os.environ.get(DATA_VARIABLE) or "data")
 
 def local_copy(
     repo: str,  # hub id or "files/<name>"

@@ -11,6 +11,7 @@ from conftest import TOYS, xtransfer
 from xtransfer.backbones import BACKBONES, read_backbone
 from xtransfer.core import XtransferError
 from xtransfer.modeling import load_encoder, load_tokenizer
+from xtransfer.records import read_record
 from xtransfer.sources import DATA_VARIABLE, Source, _content_digest, hub_rows, resolved_revision
 from xtransfer.studies import Recipe
 from xtransfer.tables import check_card, with_label_names
@@ -160,3 +161,23 @@ def test_the_fingerprint_of_a_checkpoint_sees_all_of_its_tokenizer(checkpoint):
     (folder / "merges.txt").write_text(text.replace("line 54321\n", "line 54312\n"))
     _, after = opened(folder)
     assert before.revision != after.revision
+
+
+ODD_INSIDE = ("data.0.capped", None), ("data.0.rows", "x"), ("data.0.language", []), ("data.0.task", -1), ("training.truncated", "x"), ("training.truncated", {"a": "b"}), ("environment.packages", float("nan")), ("environment.packages", {"torch": 2})
+
+
+@pytest.mark.parametrize("place, value", ODD_INSIDE)
+def test_the_inside_of_a_record_is_checked_where_it_has_no_checksum(place, value, tmp_path, toy_outputs):
+    folder = next(path for path in sorted(toy_outputs.glob("*/*/record.json")) if "toy_pair" in str(path)).parent
+    record = json.loads((folder / "record.json").read_text())
+    del record["checksum"]
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    assert read_record(tmp_path).run == record["run"]
+    *way, last = place.split(".")
+    part = record
+    for step in way:
+        part = part[int(step) if step.isdecimal() else step]
+    part.pop(last) if value is None else part.update({last: value})
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(XtransferError, match=f"damaged: {last}"):
+        read_record(tmp_path)

@@ -169,7 +169,8 @@ def test_a_stage_checkpoint_names_its_class_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("config", ("[]", "7", '"x"', "null", '{"model_type": []}', '{"model_type": {}, "auto_map": []}', '{"auto_map": "x", "model_type": "y"}', '{"model_type": "bert", "num_hidden_layers": -1, "hidden_size": 8}',
                                     '{"model_type": "bert", "num_hidden_layers": 1e999, "hidden_size": 8}', '{"model_type": "xlm-roberta", "num_hidden_layers": 2, "hidden_size": 8, "pad_token_id": "x"}', '{"model_type": "bert", "architectures": 5}',
-                                    '{"vision_config": 3, "model_type": "clip"}', "[" * 100_000, '{"a": \x00}', '{"model_type": "\\u001b[31mred\\u202e"}'))
+                                    '{"vision_config": 3, "model_type": "clip"}', "[" * 100_000, '{"a": \x00}', '{"model_type": "\\u001b[31mred\\u202e"}',
+                                    '{"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 8, "num_labels": 1000000000}', '{"model_type": "bert", "num_hidden_layers": 1000000000, "hidden_size": 8}'))
 def test_a_configuration_of_anything(config, tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x/config.json").write_text(config)

@@ -248,6 +248,11 @@ def read_backbone(
     except Exception as error:  # anything may stand in a file, and transformers checks it in its own ways
         raise XtransferError(f"{path} is no configuration of a model: {first_lines(error)}.") from error
 
+def _at_most(most: int, what: str, found: Any, path: str) -> None:
+    """Refuse a number for each of which memory would be taken before anything else is looked at."""
+    if isinstance(found, int) and found > most:
+        raise XtransferError(f"{path} says {what} = {found:,}; no model has more than {most:,}.")
+
 def _described(name: str, config: Mapping[str, Any], path: str) -> Backbone:
     """The backbone of a configuration."""
     model_type = config.get("model_type", "")
@@ -258,10 +263,12 @@ def _described(name: str, config: Mapping[str, Any], path: str) -> Backbone:
     if family is None:
         raise XtransferError(f"{path} has the model_type {model_type!r}, which is no declared family{nearest(model_type, FAMILIES)}; there are: {', '.join(FAMILIES)}. "
                              "A family of one's own is declared with FAMILIES.register(Family(...)).")
+    _at_most(10**6, "num_labels", config.get("num_labels"), path)
     text = _text_values(config)
     sizes = {ours: next((text[key] for key in keys if isinstance(text.get(key), int)), None) for ours, keys in _SIZES.items()}
     if missing := [key for key in ("layers", "hidden_size") if sizes[key] is None]:
         raise XtransferError(f"{path} does not say how large the model is: {', '.join(_SIZES[missing[0]])} is missing.")
+    _at_most(10**4, _SIZES["layers"][0], sizes["layers"], path)
     offset = int(text.get("pad_token_id") or 0) + 1 if family.positions == "after_padding" else 0
     folder = Path(name).resolve() if Path(name).is_dir() else None
     return Backbone(

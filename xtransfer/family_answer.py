@@ -283,7 +283,7 @@ def family_model(gains: pd.DataFrame, differences: pd.DataFrame) -> tuple[str, T
     return mixed_model(rows, "gain ~ " + " + ".join([f"family * {name}" for name in more] or ["family"]), "the gains of both families")
 
 # %% ../nbs/13d_family_answer.ipynb #76756c83
-def efficiency_rows(study: Study, findings: Findings, outputs: Path) -> pd.DataFrame:  # backbone, family, parameters; score, tokens_per_second, memory, latency, seconds, runs; index
+def efficiency_rows(study: Study, findings: Findings, outputs: Path) -> pd.DataFrame:  # backbone, family, parameters; score, tokens_per_second, memory, latency, seconds, runs, machine; index, where all were run on machines of one kind
     """What training and scoring of the trained targets took, by backbone, all arms together."""
     records, of_backbone = study_records(study, outputs)[0], {}
     for cell in study.cells:
@@ -296,9 +296,10 @@ def efficiency_rows(study: Study, findings: Findings, outputs: Path) -> pd.DataF
         speeds = [r.tokens_per_second for r in found.values() if r.tokens_per_second]
         rows.append({"backbone": backbone, "family": family_of(study, backbone), "parameters": study.factors.get(backbone, {}).get("parameters"), "score": level, "tokens_per_second": np.median(speeds) if speeds else np.nan,
                      "memory": np.median([r.peak_memory_mb for r in found.values()]), "latency": np.median([1000 * r.seconds.get("score", np.nan) / n for r, n in zip(found.values(), scored) if n] or [np.nan]),
-                     "seconds": np.median([r.seconds.get("total", np.nan) for r in found.values()]), "runs": len(found)})
+                     "seconds": np.median([r.seconds.get("total", np.nan) for r in found.values()]), "runs": len(found),
+                     "machine": " and ".join(sorted({str((r.environment.get("device") or "cpu").replace("cpu", r.environment.get("processor") or "not noted")) for r in found.values()}))})
     table = pd.DataFrame(rows)
-    if len(table) > 1 and table[["score", "tokens_per_second", "memory", "latency"]].notna().all().all():
+    if len(table) > 1 and table["machine"].nunique() == 1 and table[["score", "tokens_per_second", "memory", "latency"]].notna().all().all():
         scaled = [(side - side.min()) / (side.max() - side.min() or 1) for side in (table["score"], table["tokens_per_second"], -table["memory"], -table["latency"])]
         table["index"] = np.prod(scaled, axis=0) ** 0.25
     return table
@@ -382,7 +383,7 @@ def _cost_section(study: Study, findings: Findings, gains: pd.DataFrame, differe
     if len(costs):
         tables.append(Table(name="efficiency", caption="What the backbones cost on the trained targets, medians over runs of all arms.", rows=costs, formats={"parameters": "number", "tokens_per_second": "count", "memory": "count", "latency": "number", "seconds": "number", **({"index": "number"} if "index" in costs else {})},
                             heads={"parameters": "parameters, millions", "score": "zero-shot score", "tokens_per_second": "tokens per second, training", "memory": "peak memory, MB", "latency": "ms per scored example", "seconds": "seconds per run"},
-                            note="index: geometric mean of score, throughput, memory and latency, each scaled from the worst (0) to the best (1) backbone of this table (arXiv 2603.21389); with other backbones beside them it would be another number. Times are those of the machines that the records name."))
+                            note="index: geometric mean of score, throughput, memory and latency, each scaled from the worst (0) to the best (1) backbone of this table (arXiv 2603.21389); with other backbones beside them it would be another number." if "index" in costs else "The backbones were run on machines of different kinds, so that times do not compare, and there is no index of them." if costs["machine"].nunique() > 1 else ""))
     return Section(heading="One model of all gains, and what they cost", text=(said,), tables=tuple(tables))
 
 def answer_families(study: Study, findings: Findings, scores: pd.DataFrame, outputs: Path) -> Answer:

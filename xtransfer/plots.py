@@ -125,10 +125,12 @@ def plot_gains(
     heights = [len(set(zip(group["treatment"], group["baseline"]))) for _, group in groups]
     found = gains["gain"].dropna().abs()
     limit = max(1.0, float(np.percentile(found, 85))) if len(found) else 1.0
-    figure = Chart(figsize=(2.2 + 1.08 * len(columns), 1.1 + 0.62 * sum(heights) + 0.42 * len(groups)))
+    label = short_label if grouped else contrast_label
+    names, wide = max((len(label(*pair)) for pair in zip(gains["treatment"], gains["baseline"])), default=0), max(gains[end].abs().max() for end in ("low", "high")) >= 10  # two digits more in a field
+    figure = Chart(figsize=(max(2.2, 0.9 + 0.075 * names) + (1.2 if wide else 1.08) * len(columns), 1.1 + 0.62 * sum(heights) + 0.42 * len(groups)))
     panels = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, (name, group) in zip(panels, groups):
-        _gain_panel(axes, group, columns, limit, short_label if grouped else contrast_label)
+        _gain_panel(axes, group, columns, limit, label)
         axes.set_xticks([])
         if name:
             axes.set_ylabel("")

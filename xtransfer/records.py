@@ -86,6 +86,19 @@ def _checked(found: Any) -> Any:
             raise TypeError(f"{f.name} is {str(getattr(found, f.name))[:40]!r}")
     return found
 
+_INSIDE = {"task": str, "split": str, "language": str, "rows": int, "capped": bool}  # of each entry of `data`; reports read them
+
+def _checked_inside(record: Record) -> Record:
+    """A record, if the parts of its facts that are read later are what they should be.
+
+    Raises: TypeError naming the first that is not.
+    """
+    parts = [(f"{name} of its data", part.get(name), kind) for part in record.data for name, kind in _INSIDE.items()]
+    for name, value, kind in [*parts, ("truncated", record.training.get("truncated") or {}, dict[str, int]), ("packages", record.environment.get("packages") or {}, dict[str, str | None])]:
+        if not _is_a(value, kind):
+            raise TypeError(f"{name} is {str(value)[:40]!r}")
+    return record
+
 def read_record(
     folder: str | Path,  # a run's folder
     run: str | None = None,  # Run.id that it has to be of; None: anybody's
@@ -102,7 +115,7 @@ def read_record(
     if found != SCHEMA_VERSION:
         raise XtransferError(f"{path} has the record schema {found}, this version reads {SCHEMA_VERSION}; run it again, or read it with the version that wrote it.")
     try:
-        record = _checked(Record(**({key: part for key, part in value.items() if key != "checksum"} | {"scores": [_checked(Score(**score)) for score in value["scores"]]})))
+        record = _checked_inside(_checked(Record(**({key: part for key, part in value.items() if key != "checksum"} | {"scores": [_checked(Score(**score)) for score in value["scores"]]}))))
     except (TypeError, KeyError) as error:
         raise XtransferError(f"{path} is damaged: {error}; delete its folder and run it again.") from error
     if run is not None and record.digest != run.rpartition("-")[2]:

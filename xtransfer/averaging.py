@@ -84,9 +84,9 @@ def fit_runs(
     folder, ranks, count = Path(folder), ranks or meet(), recipe.average_runs
     if count == 1:
         return fit(model, data, score_dev, recipe, mixing, seed, folder, corrupt, ranks=ranks, **others)
-    if count < 1 or recipe.lora_rank or ranks.count > 1:
+    if recipe.lora_rank or ranks.count > 1:
         raise XtransferError(f"recipe {recipe.name} has average_runs {count}; " + (
-            "it is a number of trainings, 1 or more." if count < 1 else f"train it in one process instead of {ranks.count}." if ranks.count > 1
+            f"train it in one process instead of {ranks.count}." if ranks.count > 1
             else "an adapter is a product of two matrices, and their averages do not make the average of the products, so leave out lora_rank."))
     start, runs = {name: value.clone() for name, value in model.state_dict().items()}, []
     for number in range(count):

@@ -63,10 +63,10 @@ class Recipe:
         for name, (kind, low, high) in _LIMITS.items():
             for value in given if isinstance(given := getattr(self, name), (tuple, list)) else (given,):
                 if (value is not None or name != "max_steps") and (isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high):
-                    raise XtransferError(f"the recipe {self.name!r} has {name} = {ascii(value)[:60]}; accepted: {'whole numbers' if kind is Integral else 'numbers'} from {low:g} to {high:g}.")
+                    raise XtransferError(f"the recipe {self.name!r} has {name} {ascii(value)[:60]}; accepted: {'whole numbers' if kind is Integral else 'numbers'} from {low:g} to {high:g}.")
         for name in ("selection", "perturbation", "precision", "gradients"):
             if getattr(self, name) not in (accepted := get_args(type(self).__annotations__[name])):
-                raise XtransferError(f"the recipe {self.name!r} has {name} = {ascii(getattr(self, name))[:60]}{nearest(str(getattr(self, name)), accepted)}; accepted: {', '.join(accepted)}.")
+                raise XtransferError(f"the recipe {self.name!r} has {name} {ascii(getattr(self, name))[:60]}{nearest(str(getattr(self, name)), accepted)}; accepted: {', '.join(accepted)}.")
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def xquad_copy(data, rows=3):
 def leave_record(outputs, run, read):
     """A finished run's record that says what it read and nothing else."""
     record = {"run": run.id, "digest": run.digest, "parent": None, "template": run.template, "backbone": {}, "stages": [], "parameters": {}, "environment": {}, "training": {}, "seconds": {}, "tokens_per_second": None,
-              "peak_memory_mb": 0.0, "scores": [], "started": "", "ended": "", "data": [read], "schema_version": 1}
+              "peak_memory_mb": 0.0, "scores": [], "started": "", "ended": "", "data": [{"rows": 3, "capped": False} | read], "schema_version": 1}
     (outputs / run.id).mkdir(parents=True)
     (outputs / run.id / RECORD_NAME).write_text(json.dumps(record))
 
